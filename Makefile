@@ -1,0 +1,38 @@
+# What a person types. Each target installs what it needs into .venv, from the hash-locked requirements.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help run test check lock clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+run: .venv/.local  ## the whole system on this machine: PostgreSQL, message service, gateway
+	@$(BIN)/python local_stack.py
+
+test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
+	$(BIN)/python -m pytest
+
+check: .venv/.dev  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A group's environment is up to date when its stamp is newer than its lock file.
+.venv/.%: requirements-%.txt
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing $<"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+	@touch $@
+
+lock: export CUSTOM_COMPILE_COMMAND = make lock
+lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
+	$(BIN)/pip-compile $(LOCK) --output-file requirements.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements-local.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements-dev.txt pyproject.toml
+LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
+
+clean:  ## remove what the targets made, the local database included
+	rm -rf .venv .data .mypy_cache .pytest_cache .ruff_cache .hypothesis
