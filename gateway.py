@@ -1,0 +1,168 @@
+"""Service 1, the gateway: answers `/api/string` with what the message service says.
+
+Rules kept here: whatever the message service does, the client gets a clear answer in time; nothing that is not the
+message service's contract gets through; the gateway stays ready when the message service is down.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
+
+from aiohttp import (
+    ClientError,
+    ClientResponse,
+    ClientResponseError,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+    hdrs,
+)
+from yarl import URL
+
+import blocking
+import logs
+import server
+import settings
+from coalescing import Coalescer, RunTimeoutError
+from server import NO_MESSAGE, REQUEST, REQUEST_ID, Answer, Problem, Route
+from settings import setting
+
+MAX_CALLS = 4  # calls to the message service in flight: enough to pass by one that is stuck
+MAX_BODY = 1024 * 1024  # bytes of an answer of the message service
+KEEPALIVE_TIMEOUT = 15.0  # seconds; below the message service's 75, so that it is not the one to close first
+
+_VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: version 00 has four parts, later ones may have more
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:(?<!^00.{53})-.*)?"
+).fullmatch
+_VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(server.CommonSettings):
+    port: int = setting(8000, settings.PORT, "where to listen")
+    downstream_url: URL = setting(URL("http://localhost:8001"), settings.BASE_URL, "the message service")
+    downstream_timeout: float = setting(5.0, settings.seconds(), "for the whole call of the message service")
+
+
+class MessageService:
+    """The message service as the gateway sees it."""
+
+    def __init__(self, session: ClientSession, base_url: URL) -> None:
+        self._session = session
+        self._url = base_url / "api/message"
+        self._outage = logs.Outage("the message service")
+
+    async def ask(self) -> Answer:
+        """Ask once, in the name of the request in `REQUEST`, for what the gateway answers. Raises `Problem`."""
+        started = time.perf_counter()
+        request = REQUEST.get()
+        headers = {"X-Request-ID": request[REQUEST_ID]}
+        traceparent = request.headers.get("traceparent")
+        if traceparent and _VALID_TRACEPARENT(traceparent):
+            headers["traceparent"] = traceparent
+        try:
+            async with self._session.get(self._url, headers=headers, allow_redirects=False) as response:
+                content = read_content(response.status, _media_type(response), await _read_body(response))
+        except (ClientError, OSError, Problem) as error:
+            problem = to_problem(error)
+            if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                self._outage.failed()
+            problem.downstream_request_id = request[REQUEST_ID]
+            raise problem from error
+        self._outage.succeeded()
+        timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
+        behind = response.headers.get("Server-Timing", "")
+        if _VALID_SERVER_TIMING(behind):
+            timing += f", {behind}"
+        return server.json_answer("result", content, {"Server-Timing": timing})
+
+
+def _media_type(response: ClientResponse) -> str:
+    """The media type of a body that can be read as it is; none for one that is compressed, which nobody asked for."""
+    return "" if hdrs.CONTENT_ENCODING in response.headers else response.content_type
+
+
+async def _read_body(response: ClientResponse) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise bad_answer(f"its body has more than {MAX_BODY} bytes")
+    return bytes(body)
+
+
+def read_content(status: int, media_type: str, body: bytes) -> str:
+    """The message in an answer of the message service. Raises `Problem` when it says one, or breaks its contract."""
+    try:
+        members = json.loads(body)
+        if status == HTTPStatus.OK and media_type == "application/json":
+            content = members["message"]
+            content.encode()  # a lone surrogate is valid in JSON, but no text
+            return str(content)
+        if media_type == "application/problem+json":
+            if status == HTTPStatus.NOT_FOUND and members["type"] == NO_MESSAGE:
+                raise server.no_message()
+            if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                raise server.unavailable("The message service has no database.", f"it said {members['detail']}")
+            if status == HTTPStatus.GATEWAY_TIMEOUT:
+                raise server.timed_out("The database did not answer in time.", f"it said {members['detail']}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {error!r}") from error
+    raise bad_answer(f"status {status}, {media_type or 'no readable type'}")
+
+
+def to_problem(error: Exception) -> Problem:
+    """What the gateway's client sees of a failed call."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, ClientResponseError):  # what it sent is no HTTP
+        return bad_answer(repr(error))
+    return server.unavailable("The message service can not be reached.", repr(error))
+
+
+def bad_answer(cause: str) -> Problem:
+    return Problem(
+        HTTPStatus.BAD_GATEWAY,
+        "The message service sent an answer that makes no sense.",
+        kind="bad-downstream",
+        cause=cause,
+    )
+
+
+@contextlib.asynccontextmanager
+async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
+    session = ClientSession(
+        # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
+        connector=TCPConnector(
+            resolver=blocking.Resolver(), use_dns_cache=False, limit=0, keepalive_timeout=KEEPALIVE_TIMEOUT
+        ),
+        timeout=ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
+        headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},
+        auto_decompress=False,
+        cookie_jar=DummyCookieJar(),
+    )
+    async with session:
+        ask = Coalescer(
+            MessageService(session, options.downstream_url).ask,
+            limit=MAX_CALLS,
+            timeout=options.downstream_timeout,
+        )
+
+        async def string() -> Answer:
+            try:
+                return await ask()
+            except RunTimeoutError as error:
+                problem = server.timed_out("The message service did not answer in time.", "no answer")
+                problem.downstream_request_id = error.context[REQUEST][REQUEST_ID]
+                raise problem from error
+
+        yield {"/api/string": string}
+
+
+if __name__ == "__main__":
+    server.main("gateway", "Answers /api/string with what the message service says.", Settings, start)
