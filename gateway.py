@@ -4,13 +4,16 @@ Rules kept here: whatever the message service does, the client gets a clear answ
 message service's contract gets through; the gateway stays ready when the message service is down.
 """
 
+import base64
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
+from pathlib import Path
 
 from aiohttp import (
     ClientError,
@@ -134,6 +137,35 @@ def bad_answer(cause: str) -> Problem:
     )
 
 
+def file_answer(name: str, content_type: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """A file of the project, read once. Raises `OSError`."""
+    return Answer(HTTPStatus.OK, content_type, Path(__file__).with_name(name).read_bytes(), headers)
+
+
+def content_security_policy(page: str) -> str:
+    """Allow the page's own inline script and style, by their hashes, and requests to where it came from; no more."""
+    sources = {}
+    for element in ("script", "style"):
+        contents = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
+        sources[element] = " ".join(f"'sha256-{value}'" for value in hashes) or "'none'"
+    return (
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def page_answer() -> Answer:
+    """index.html, with the headers that keep anything else out of it. Raises `OSError`."""
+    policy = content_security_policy(Path(__file__).with_name("index.html").read_text())
+    headers = {
+        "Content-Security-Policy": policy,
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return file_answer("index.html", "text/html; charset=utf-8", headers)
+
+
 @contextlib.asynccontextmanager
 async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
     session = ClientSession(
@@ -146,6 +178,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
         auto_decompress=False,
         cookie_jar=DummyCookieJar(),
     )
+    page, description = page_answer(), file_answer("openapi.yaml", "application/yaml")
     async with session:
         ask = Coalescer(
             MessageService(session, options.downstream_url).ask,
@@ -161,7 +194,11 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
                 problem.downstream_request_id = error.context[REQUEST][REQUEST_ID]
                 raise problem from error
 
-        yield {"/api/string": string}
+        yield {
+            "/api/string": string,
+            "/": server.always(page),
+            "/openapi.yaml": server.always(description),
+        }
 
 
 if __name__ == "__main__":

@@ -209,6 +209,16 @@ def not_ready(reason: Problem) -> Problem:
 Route = Callable[[], Awaitable[Answer]]
 """Answers GET; finds the request in `REQUEST` where it needs it. Raises `Problem` for errors that it expects."""
 
+
+def always(answer: Answer) -> Route:
+    """A route whose answer never changes."""
+
+    async def route() -> Answer:
+        return answer
+
+    return route
+
+
 READY = Answer(HTTPStatus.OK, "application/json", b'{"status": "ready"}')
 ALIVE = Answer(HTTPStatus.OK, "application/json", b'{"status": "alive"}')
 
@@ -224,7 +234,7 @@ class Server(web.Server):
         # A handler is cancelled when its client leaves: nobody is left to wait for the answer.
         super().__init__(self._answer, handler_cancellation=True)
         self.draining = False
-        self._routes = {"/healthz": self._healthz, "/readyz": self._readyz, **routes}
+        self._routes = {**routes, "/healthz": always(ALIVE), "/readyz": self._readyz}
         self._ready = routes.get("/readyz")
         self._access_log = access_log
         self._failures = logs.RepeatLog()
@@ -233,7 +243,6 @@ class Server(web.Server):
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(6)
         self._date = (0, b"")
-        self._routes["/readyz"] = self._readyz
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(
@@ -243,9 +252,6 @@ class Server(web.Server):
             keepalive_timeout=KEEPALIVE_TIMEOUT,
             lingering_time=LINGERING_TIME,
         )
-
-    async def _healthz(self) -> Answer:
-        return ALIVE
 
     async def _readyz(self) -> Answer:
         if self.draining:
