@@ -63,11 +63,20 @@ class Coalescer(Generic[Result]):
 
     `limit` is the number of runs in flight at most, `timeout` the seconds that a caller waits at most. A run
     executes in a copy of the context (`contextvars`) of the caller that opened its batch, so that it can act in
-    that caller's name. Use it in one event loop only.
+    that caller's name. `observe` is told of each run that ended: its number of callers and its outcome, "answered",
+    "failed" or "abandoned". Use a coalescer in one event loop only.
     """
 
-    def __init__(self, function: Callable[[], Awaitable[Result]], *, limit: int, timeout: float) -> None:
+    def __init__(
+        self,
+        function: Callable[[], Awaitable[Result]],
+        *,
+        limit: int,
+        timeout: float,
+        observe: Callable[[int, str], None] = lambda _callers, _outcome: None,
+    ) -> None:
         self._function = function
+        self._observe = observe
         self._limit = limit
         self._timeout = timeout
         self._open: _Batch[Result] | None = None  # the batch that callers can still join
@@ -115,31 +124,25 @@ class Coalescer(Generic[Result]):
         try:
             result = await self._function()
         except asyncio.CancelledError:
-            # Either nobody is left, or `function` or the event loop's end has cancelled a run that is waited for.
-            self._settle(batch, error=RuntimeError("the run was cancelled"))
+            # Nobody is left; or `function` has cancelled itself, or the event loop ends, and somebody still waits.
+            self._end(batch, "abandoned", lambda caller: _fail(caller, RuntimeError("the run was cancelled")))
             raise
         except Exception as error:
-            self._settle(batch, error=error)
+            failure = error
+            self._end(batch, "failed", lambda caller: _fail(caller, failure))
         else:
-            batch.expiry.cancel()
-            for _, caller in batch.callers:
-                if not caller.done():
-                    caller.set_result(result)
-        finally:
-            self._end(batch)
+            self._end(batch, "answered", lambda caller: caller.set_result(result))
 
-    def _settle(self, batch: _Batch[Result], error: Exception) -> None:
+    def _end(self, batch: _Batch[Result], outcome: str, settle: Callable[[asyncio.Future[Result]], None]) -> None:
+        """Settle the callers that still wait, and start the batch that waits for room."""
         batch.expiry.cancel()
         for _, caller in batch.callers:
             if not caller.done():
-                caller.set_exception(error)
-                caller.exception()  # counts as retrieved, even if the caller is cancelled before it wakes
-
-    def _end(self, batch: _Batch[Result]) -> None:
+                settle(caller)
         self._started.discard(batch)
-        waiting = self._open
-        if waiting and waiting.run is None:
-            self._start(waiting)
+        if self._open and self._open.run is None:
+            self._start(self._open)
+        self._observe(len(batch.callers), outcome)
 
     def _expire(self, batch: _Batch[Result]) -> None:
         """Let go the callers whose time is up, and come back for the next."""
@@ -148,8 +151,7 @@ class Coalescer(Generic[Result]):
         while batch.callers and batch.callers[0][0] <= now:
             _, caller = batch.callers.popleft()
             if not caller.done():
-                caller.set_exception(RunTimeoutError(batch.context))
-                caller.exception()  # as in `_settle`
+                _fail(caller, RunTimeoutError(batch.context))
                 self._give_up(batch)
         if batch.callers and batch.waiting:
             batch.expiry = loop.call_at(batch.callers[0][0], self._expire, batch)
@@ -166,5 +168,10 @@ class Coalescer(Generic[Result]):
             batch.run.cancel()
         if batch is self._open:
             self._open = None
-            if batch.run:  # cancelled before its first step, so that its own clean-up never runs
-                self._end(batch)
+            if batch.run:  # cancelled before its first step, so that it never comes to its own end
+                self._end(batch, "abandoned", lambda _: None)
+
+
+def _fail(caller: asyncio.Future[Result], error: Exception) -> None:
+    caller.set_exception(error)
+    caller.exception()  # counts as retrieved, even if the caller is cancelled before it wakes

@@ -27,12 +27,15 @@ from aiohttp import (
 )
 from yarl import URL
 
+import answers
 import blocking
 import logs
+import metrics
 import server
 import settings
+from answers import NO_MESSAGE, Answer, Problem
 from coalescing import Coalescer, RunTimeoutError
-from server import NO_MESSAGE, REQUEST, REQUEST_ID, Answer, Problem, Route
+from server import REQUEST, REQUEST_ID, Route
 from settings import setting
 
 MAX_CALLS = 4  # calls to the message service in flight: enough to pass by one that is stuck
@@ -75,6 +78,7 @@ class MessageService:
             problem = to_problem(error)
             if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 self._outage.failed()
+                metrics.count_dependency_error(problem.type)
             problem.downstream_request_id = request[REQUEST_ID]
             raise problem from error
         self._outage.succeeded()
@@ -82,7 +86,7 @@ class MessageService:
         behind = response.headers.get("Server-Timing", "")
         if _VALID_SERVER_TIMING(behind):
             timing += f", {behind}"
-        return server.json_answer("result", content, {"Server-Timing": timing})
+        return answers.json_answer("result", content, {"Server-Timing": timing})
 
 
 def _media_type(response: ClientResponse) -> str:
@@ -109,11 +113,11 @@ def read_content(status: int, media_type: str, body: bytes) -> str:
             return str(content)
         if media_type == "application/problem+json":
             if status == HTTPStatus.NOT_FOUND and members["type"] == NO_MESSAGE:
-                raise server.no_message()
+                raise answers.no_message()
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                raise server.unavailable("The message service has no database.", f"it said {members['detail']}")
+                raise answers.unavailable("The message service has no database.", f"it said {members['detail']}")
             if status == HTTPStatus.GATEWAY_TIMEOUT:
-                raise server.timed_out("The database did not answer in time.", f"it said {members['detail']}")
+                raise answers.timed_out("The database did not answer in time.", f"it said {members['detail']}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {error!r}") from error
     raise bad_answer(f"status {status}, {media_type or 'no readable type'}")
@@ -125,7 +129,7 @@ def to_problem(error: Exception) -> Problem:
         return error
     if isinstance(error, ClientResponseError):  # what it sent is no HTTP
         return bad_answer(repr(error))
-    return server.unavailable("The message service can not be reached.", repr(error))
+    return answers.unavailable("The message service can not be reached.", repr(error))
 
 
 def bad_answer(cause: str) -> Problem:
@@ -190,7 +194,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
             try:
                 return await ask()
             except RunTimeoutError as error:
-                problem = server.timed_out("The message service did not answer in time.", "no answer")
+                problem = answers.timed_out("The message service did not answer in time.", "no answer")
                 problem.downstream_request_id = error.context[REQUEST][REQUEST_ID]
                 raise problem from error
 

@@ -21,12 +21,15 @@ import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import make_dsn
 
+import answers
 import blocking
 import logs
+import metrics
 import server
 import settings
+from answers import Answer, Problem
 from coalescing import Coalescer, RunTimeoutError
-from server import Answer, Problem, Route
+from server import Route
 from settings import setting
 
 QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
@@ -174,6 +177,7 @@ class Slot:
                 async with asyncio.timeout(self._options.db_timeout / len(addresses)):
                     return await self._pool.acquire()
             except FAILURES:
+                metrics.count_connect_failure()
                 if address == addresses[-1]:
                     raise
         raise OSError("the database's name has no address")
@@ -202,6 +206,9 @@ class Database:
     async def __aenter__(self) -> "Database":
         for slot in self._slots:
             await slot.open()
+        metrics.read_connections(
+            idle=lambda: sum(slot.connected for slot in self._slots), used=lambda: len(self._slots) - len(self._idle)
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -230,11 +237,12 @@ class Database:
             f"service;dur={(time.perf_counter() - started) * 1000:.2f}, "
             f'database;dur={(queried - started) * 1000:.2f};desc="{self._name}-{next(self._queries)}"'
         )
-        return server.json_answer("message", content, {"Server-Timing": timing})
+        return answers.json_answer("message", content, {"Server-Timing": timing})
 
     def failed(self, problem: Problem) -> Problem:
         """Remember a failure of the database, and return it."""
         self._outage.failed()
+        metrics.count_dependency_error(problem.type)
         self.answered_at = asyncio.get_running_loop().time()
         self.failure = problem
         return problem
@@ -243,9 +251,9 @@ class Database:
 def content_of(row: tuple[object] | None) -> str:
     """The message in a row of the table. Raises `Problem` when there is no row, or no text in it."""
     if row is None:
-        raise server.no_message()
+        raise answers.no_message()
     if not isinstance(row[0], str):
-        raise server.unavailable("The database holds no text.", f"content is a {type(row[0]).__name__}")
+        raise answers.unavailable("The database holds no text.", f"content is a {type(row[0]).__name__}")
     return row[0]
 
 
@@ -253,14 +261,16 @@ def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, TimeoutError):
-        return server.timed_out("The database did not answer in time.", cause)
-    return server.unavailable("The database is not available.", cause)
+        return answers.timed_out("The database did not answer in time.", cause)
+    return answers.unavailable("The database is not available.", cause)
 
 
 @contextlib.asynccontextmanager
 async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
     async with Database(options) as database:
-        ask = Coalescer(database.ask, limit=options.db_pool_size, timeout=options.db_timeout)
+        ask = Coalescer(
+            database.ask, limit=options.db_pool_size, timeout=options.db_timeout, observe=metrics.observe_run
+        )
 
         async def message() -> Answer:
             try:
@@ -273,7 +283,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
                 with contextlib.suppress(Problem):  # an empty table is ready; failures are remembered
                     await message()
             if database.failure:
-                raise server.not_ready(database.failure)
+                raise answers.not_ready(database.failure.detail, database.failure.cause)
             return server.READY
 
         yield {"/api/message": message, "/readyz": ready}

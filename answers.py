@@ -1,0 +1,98 @@
+"""Answers and problems: all of a response that does not depend on who asks.
+
+Rules kept here: an answer is made once and can be sent to many; every error is a problem (RFC 9457), whose public
+part says what a client can act on and nothing of what is behind the server.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+
+NO_MESSAGE = "urn:problem-type:messages:no-message"
+
+
+class Answer:
+    """Status, header fields and body, as the bytes that are sent."""
+
+    __slots__ = ("body", "etag", "head", "not_modified_head", "status")
+
+    def __init__(self, status: int, content_type: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.status = status
+        self.body = body
+        self.etag = ""
+        fields = {"Cache-Control": "no-store"}
+        if status == HTTPStatus.OK:
+            self.etag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
+            fields = {"Cache-Control": "no-cache", "ETag": self.etag}
+        fields.update(headers or {})
+        self.not_modified_head = _head(HTTPStatus.NOT_MODIFIED, fields)
+        self.head = _head(status, fields | {"Content-Type": content_type, "Content-Length": str(len(body))})
+
+    def is_known(self, if_none_match: str) -> bool:
+        """Whether the client has it already: RFC 9110, 13.1.2, the weak comparison against a list or `*`."""
+        tags = (tag.strip().removeprefix("W/") for tag in if_none_match.split(","))
+        return bool(self.etag) and (if_none_match.strip() == "*" or self.etag in tags)
+
+
+def _head(status: int, fields: Mapping[str, str]) -> bytes:
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {fields[name]}" for name in fields)]
+    return "".join(line + "\r\n" for line in lines).encode("latin-1")
+
+
+def json_answer(name: str, content: str, headers: Mapping[str, str]) -> Answer:
+    """The answer `{"name": "content"}`."""
+    body = json.dumps({name: content}, ensure_ascii=False).encode()
+    return Answer(HTTPStatus.OK, "application/json", body, headers)
+
+
+class Problem(Exception):
+    """An error as a client sees it, and as the log tells it.
+
+    `detail` is public; `cause` and `downstream_request_id` are for the log only. `kind` is the last part of the
+    problem's type; without it the status says all.
+    """
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        detail: str,
+        *,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        cause: str | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.type = f"urn:problem-type:messages:{kind}" if kind else "about:blank"
+        self.headers = headers or {}
+        self.cause = cause
+        self.downstream_request_id: str | None = None
+
+    def answer(self, request_id: str) -> Answer:
+        members = {
+            "type": self.type,
+            "title": self.status.phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+        }
+        return Answer(self.status, "application/problem+json", json.dumps(members).encode(), self.headers)
+
+
+def no_message() -> Problem:
+    return Problem(HTTPStatus.NOT_FOUND, "There is no message at the moment.", kind="no-message")
+
+
+def unavailable(detail: str, cause: str) -> Problem:
+    headers = {"Retry-After": "1"}
+    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="unavailable", headers=headers, cause=cause)
+
+
+def timed_out(detail: str, cause: str) -> Problem:
+    return Problem(HTTPStatus.GATEWAY_TIMEOUT, detail, kind="timeout", cause=cause)
+
+
+def not_ready(detail: str, cause: str | None = None) -> Problem:
+    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="not-ready", cause=cause)

@@ -1,0 +1,88 @@
+"""What Prometheus reads at `/metrics`.
+
+Rules kept here: names follow Prometheus and OpenTelemetry's HTTP conventions, with their unit; no label comes from
+what a client sends; what can be read when Prometheus asks is not counted at each request.
+"""
+
+import asyncio
+import platform
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, Info, generate_latest
+
+from answers import Answer
+
+LAG_INTERVAL = 0.5  # seconds between two looks at the event loop
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+_REQUESTS = Histogram(
+    "http_server_request_duration_seconds",
+    "Time from a request's arrival to its answer",
+    ("http_request_method", "http_route", "http_response_status_code"),
+    buckets=_SECONDS,
+)
+_ACTIVE = Gauge("http_server_active_requests", "Requests in flight")
+_RUNS = Counter("coalescing_runs", "Runs that served the callers of a batch, by outcome", ("outcome",))
+_BATCHES = Histogram(
+    "coalescing_batch_size_callers", "Callers that shared a run", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+)
+_DEPENDENCY_ERRORS = Counter("dependency_errors", "Calls of what is behind this server that failed", ("error_type",))
+_CONNECTIONS = Gauge("db_client_connection_count", "Connections to the database", ("db_client_connection_state",))
+_CONNECT_FAILURES = Counter("db_client_connect_failures", "Connections to the database that could not be made")
+_LAG = Histogram("event_loop_lag_seconds", "How much later than due the event loop runs a timer", buckets=_SECONDS)
+_BUILD = Info("messages_build", "Version of this server, and of Python")
+
+Observe = Callable[[float], None]
+
+_observers: dict[tuple[str, str, int], Observe] = {}
+
+
+def observe_request(method: str, route: str | None, status: int, seconds: float) -> None:
+    """Count a request; `route` is None for a path that no route has."""
+    observe = _observers.get((method, route or "", status))
+    if observe is None:
+        known_method = method if method in ("GET", "HEAD") else "_OTHER"
+        observe = _REQUESTS.labels(known_method, route or "unmatched", status).observe
+        if known_method == method:  # else every word that a client makes up would be kept
+            _observers[method, route or "", status] = observe
+    observe(seconds)
+
+
+def observe_run(callers: int, outcome: str) -> None:
+    _RUNS.labels(outcome).inc()
+    _BATCHES.observe(callers)
+
+
+def count_dependency_error(error_type: str) -> None:
+    _DEPENDENCY_ERRORS.labels(error_type).inc()
+
+
+def count_connect_failure() -> None:
+    _CONNECT_FAILURES.inc()
+
+
+def read_active_requests(read: Callable[[], float]) -> None:
+    _ACTIVE.set_function(read)
+
+
+def read_connections(idle: Callable[[], float], used: Callable[[], float]) -> None:
+    _CONNECTIONS.labels("idle").set_function(idle)
+    _CONNECTIONS.labels("used").set_function(used)
+
+
+def set_version(version: str) -> None:
+    _BUILD.info({"version": version, "python": platform.python_version()})
+
+
+async def watch_event_loop() -> None:
+    """Measure for ever how late timers are: what blocks the event loop shows here first."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_INTERVAL
+        await asyncio.sleep(LAG_INTERVAL)
+        _LAG.observe(max(0, loop.time() - due))
+
+
+async def answer() -> Answer:
+    return Answer(200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))
