@@ -184,10 +184,9 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
     )
     page, description = page_answer(), file_answer("openapi.yaml", "application/yaml")
     async with session:
+        message_service = MessageService(session, options.downstream_url)
         ask = Coalescer(
-            MessageService(session, options.downstream_url).ask,
-            limit=MAX_CALLS,
-            timeout=options.downstream_timeout,
+            message_service.ask, limit=MAX_CALLS, timeout=options.downstream_timeout, observe=metrics.observe_run
         )
 
         async def string() -> Answer:

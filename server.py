@@ -80,7 +80,7 @@ class Server(web.Server):
         self._access_log = access_log
         self._failures = logs.RepeatLog()
         self._in_flight = 0
-        self._ids = (f"{secrets.token_hex(6)}-{number:x}" for number in itertools.count(1))
+        self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
         self._date_of_second = (0, b"")
         metrics.read_active_requests(lambda: self._in_flight)
 
