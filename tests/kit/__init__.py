@@ -1,0 +1,80 @@
+"""The test kit: real processes on real sockets, and the means to break them on purpose.
+
+postgres   a PostgreSQL cluster of our own: start, stop, kill, freeze; databases in it
+processes  the servers as a user starts them, with their log lines
+network    what stands between them: proxies, ports that refuse, peers that say garbage, DNS
+client     HTTP as a client sees it, down to the bytes
+
+Nothing here knows the inside of a server. Whatever is started is ended by the fixtures in conftest.py.
+"""
+
+import asyncio
+import inspect
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).parents[2]
+
+Result = TypeVar("Result")
+
+
+async def eventually(
+    condition: Callable[[], Result | Awaitable[Result]], within: float = 5, every: float = 0.02
+) -> Result:
+    """Return the condition's value as soon as it is true; AssertionError when it is not `within` seconds.
+
+    The condition may be a coroutine function, and an AssertionError that it raises counts as "not yet".
+    """
+    deadline = time.monotonic() + within
+    while True:
+        try:
+            value = condition()
+            result = await value if inspect.isawaitable(value) else value
+            reason = f"is {result!r}"
+        except AssertionError as error:
+            result, reason = None, str(error)
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"not true within {within} s: {reason}"
+        await asyncio.sleep(every)
+
+
+def reserve_port(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A socket that is bound but does not listen: until somebody else listens there, connecting is refused.
+
+    SO_REUSEADDR lets a server listen on the port meanwhile, and the kernel hands the port to nobody else:
+    neither to another listener nor as the local port of a client's connection, which would connect to itself.
+    """
+    reservation = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind((host, port))
+    return reservation
+
+
+def child_pids(pid: int) -> list[int]:
+    """The processes that `pid` started and that still run."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def open_sockets(pid: int) -> int:
+    """How many sockets a process holds open."""
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            count += str(descriptor.readlink()).startswith("socket:")
+        except FileNotFoundError:  # closed while we looked
+            continue
+    return count
+
+
+def memory(pid: int) -> int:
+    """Resident memory of a process in bytes."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGESIZE")

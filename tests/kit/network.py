@@ -1,0 +1,232 @@
+"""What stands between the parts: a TCP proxy that misbehaves, HTTP peers that say garbage, DNS of our own."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from kit import reserve_port
+
+
+class Proxy:
+    """A TCP proxy in front of PostgreSQL or of a server, which keeps its port whatever it is told to do.
+
+    `accepted` counts the connections so far, `open` the present ones.
+    """
+
+    def __init__(self, target_port: int, host: str = "127.0.0.1", port: int = 0):
+        self.target_port = target_port
+        self.host = host
+        self.reservation = reserve_port(host, port)
+        self.port: int = self.reservation.getsockname()[1]
+        self.delay = 0.0  # seconds that each chunk is held
+        self.drip = 0.0  # seconds between single bytes
+        self.accepted = 0
+        self._listener: asyncio.Server | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+
+    @property
+    def url(self) -> str:
+        """Base URL, for a proxy in front of an HTTP server."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def open(self) -> int:
+        """How many clients are connected."""
+        return len(self._connections)
+
+    async def accept(self) -> "Proxy":
+        """Listen (again)."""
+        self._listener = await asyncio.start_server(self._serve, self.host, self.port)
+        return self
+
+    def refuse(self) -> None:
+        """Stop listening: who connects is refused. Connections that are up stay."""
+        if self._listener:
+            self._listener.close()
+            self._listener = None
+
+    def cut(self) -> None:
+        """Reset every connection that is up."""
+        for task, writers in self._connections.items():
+            for writer in writers:
+                reset(writer)
+            task.cancel()
+
+    def freeze(self) -> None:
+        """Hold all bytes silently: connections stay up, new ones are accepted, nothing passes."""
+        self._flowing.clear()
+
+    def resume(self) -> None:
+        """Let the bytes that were held pass, and all that follow."""
+        self._flowing.set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        task = asyncio.current_task()
+        assert task
+        self._connections[task] = [writer]
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            try:
+                await self._flowing.wait()
+                onward = await asyncio.open_connection("127.0.0.1", self.target_port)
+                self._connections[task].append(onward[1])
+                await asyncio.gather(self._pump(reader, onward[1]), self._pump(onward[0], writer))
+            finally:
+                for each in self._connections.pop(task):
+                    each.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(65536):
+            if self.delay:
+                await asyncio.sleep(self.delay)
+            step = 1 if self.drip else len(chunk)
+            for start in range(0, len(chunk), step):
+                await self._flowing.wait()
+                writer.write(chunk[start : start + step])
+                await writer.drain()
+                await asyncio.sleep(self.drip)
+        if writer.can_write_eof():
+            writer.write_eof()
+
+    async def close(self) -> None:
+        """End it."""
+        self.refuse()
+        tasks = list(self._connections)
+        self.cut()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.reservation.close()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection with a reset, as when a process crashes."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]]
+
+
+class Peer:
+    """An HTTP server that says what the test says: bytes, or a coroutine function that writes them.
+
+    After each request's head was read (kept in `requests`), the script runs; then the connection is closed.
+    """
+
+    def __init__(self, script: bytes | Script, *, keep_alive: bool = False):
+        self.script, self.keep_alive = script, keep_alive
+        self.requests: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> "Peer":
+        """Listen."""
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port: int = self._listener.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            try:
+                while True:
+                    self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode("latin-1"))
+                    if isinstance(self.script, bytes):
+                        writer.write(self.script)
+                    else:
+                        await self.script(reader, writer)
+                    await writer.drain()
+                    if not self.keep_alive:
+                        break
+            finally:
+                writer.close()
+        self._tasks.discard(task)
+
+    async def close(self) -> None:
+        """End it."""
+        self._listener.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def response(
+    body: bytes | str, status: str = "200 OK", content_type: str = "application/json", **headers: str
+) -> bytes:
+    """A whole HTTP/1.1 response, for a Peer; `headers` with _ for -."""
+    data = body.encode() if isinstance(body, str) else body
+    fields = {"Content-Type": content_type, "Content-Length": str(len(data))}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + data
+
+
+@contextlib.contextmanager
+def unanswered_port() -> Any:
+    """A port of a host that is gone: its kernel drops each attempt to connect. Yields the number."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):  # a queue that is full
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield full.getsockname()[1]
+
+
+class NameServer(asyncio.DatagramProtocol):
+    """A DNS server (RFC 1035) on port 53 of a loopback address: `names` maps names to IPv4 addresses.
+
+    It answers after `delay` seconds; a name that it does not know does not exist.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self.delay = 0.0
+        self.questions: list[str] = []
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep the way back."""
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        """Answer later."""
+        asyncio.get_running_loop().call_later(self.delay, self._answer, data, address)
+
+    def _answer(self, query: bytes, address: Any) -> None:
+        end = query.index(0, 12)
+        labels, position = [], 12
+        while position < end:
+            length = query[position]
+            labels.append(query[position + 1 : position + 1 + length].decode())
+            position += 1 + length
+        name, kind = ".".join(labels), query[end + 1 : end + 3]
+        self.questions.append(name)
+        known = self.names.get(name)
+        answers = b""
+        if known and kind == b"\0\x01":  # A; every other kind has no record
+            answers = b"\xc0\x0c\0\x01\0\x01" + struct.pack(">IH", 0, 4) + socket.inet_aton(known)
+        flags = b"\x81\x80" if known else b"\x81\x83"  # recursion available; NXDOMAIN
+        header = query[:2] + flags + struct.pack(">HHHH", 1, 1 if answers else 0, 0, 0)
+        self.transport.sendto(header + query[12 : end + 5] + answers, address)
+
+
+@contextlib.asynccontextmanager
+async def name_server(address: str) -> AsyncIterator[NameServer]:
+    """A DNS server at `address`; PermissionError without the right to use port 53."""
+    transport, server = await asyncio.get_running_loop().create_datagram_endpoint(
+        NameServer, local_addr=(address, 53)
+    )
+    try:
+        yield server
+    finally:
+        transport.close()

