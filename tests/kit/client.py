@@ -7,13 +7,15 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from multidict import CIMultiDict
 
+Headers = Mapping[str, str]
+NONE: Headers = {}
 PATIENCE = 20  # seconds after which a test gives up: far beyond every time limit of the servers
 
 
@@ -42,9 +44,9 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str):
         self.reader, self.writer, self.host = reader, writer, host
 
-    async def send(self, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> None:
-        """Write a request; `headers` with _ for -."""
-        fields = {"Host": self.host} | {name.replace("_", "-"): value for name, value in headers.items()}
+    async def send(self, path: str, method: str = "GET", headers: Headers = NONE, body: bytes = b"") -> None:
+        """Write a request."""
+        fields = {"Host": self.host, **headers}
         if body:
             fields["Content-Length"] = str(len(body))
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
@@ -60,9 +62,9 @@ class Connection:
         length = 0 if method == "HEAD" or status in (204, 304) else int(headers.get("Content-Length", "0"))
         return Answer(status, headers, await self.reader.readexactly(length))
 
-    async def get(self, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> Answer:
+    async def get(self, path: str, method: str = "GET", headers: Headers = NONE, body: bytes = b"") -> Answer:
         """Send a request and read its response."""
-        await self.send(path, method, body, **headers)
+        await self.send(path, method, headers, body)
         return await self.receive(method)
 
     async def close(self) -> None:
@@ -84,15 +86,13 @@ async def connection(url: str) -> AsyncIterator[Connection]:
         await connected.close()
 
 
-async def get(
-    url: str, method: str = "GET", body: bytes = b"", within: float = PATIENCE, **headers: str
-) -> Answer:
+async def get(url: str, method: str = "GET", headers: Headers = NONE, within: float = PATIENCE) -> Answer:
     """One request on a connection of its own; TimeoutError when there is no whole response in time."""
     start = time.monotonic()
     parts = urlsplit(url)
     async with asyncio.timeout(within), connection(url) as connected:
         target = parts._replace(scheme="", netloc="").geturl() or "/"
-        answer = await connected.get(target, method, body, **headers)
+        answer = await connected.get(target, method, headers)
     answer.seconds = time.monotonic() - start
     return answer
 

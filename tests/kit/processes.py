@@ -22,9 +22,9 @@ DEFAULTS = {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "json"}
 
 
 def environment(settings: dict[str, Any]) -> dict[str, str]:
-    """What a server gets: the path, and the settings; nothing else of the test's own environment."""
+    """What a server gets: the path and the settings (None: not even its default), nothing else of ours."""
     kept = {name: os.environ[name] for name in ("PATH", "PYENV_VERSION", "TMPDIR") if name in os.environ}
-    return kept | DEFAULTS | {name: str(value) for name, value in settings.items()}
+    return kept | {name: str(value) for name, value in (DEFAULTS | settings).items() if value is not None}
 
 
 def run(*command: str, within: float = 20, **settings: Any) -> subprocess.CompletedProcess[str]:

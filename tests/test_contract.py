@@ -1,0 +1,252 @@
+"""The HTTP contract of both servers, request by request, while everything works."""
+
+import re
+from http import HTTPStatus
+
+import pytest
+from conftest import MakePeer, Start, System
+from kit.client import Answer, connection, exchange, get
+from kit.network import response
+from multidict import CIMultiDict
+
+CONTENTS = {
+    "plain": "Hello from PostgreSQL!",
+    "empty": "",
+    "emoji": "👋🏽 🏴‍☠️ 𝄞",
+    "quotes": """it's "quoted" \\ {"result": "no"} <b>&amp;</b>""",
+    "newlines": "one\ntwo\r\nthree\tend\n",
+    "right to left": "\u202eمرحبا بالعالم\u202c שלום",  # noqa: RUF001
+    "controls": "\x01\x1f\x7f\x85\u2028\u2029\ufeff\uffff",
+    "combining": "e\u0301 \u1112\u1161\u11ab",
+    "500 kB": "0123456789" * 50_000,
+    "500 kB of emoji": "👋" * 125_000,
+}
+ROUTES = pytest.mark.parametrize(
+    ("part", "path"), [("gateway", "/api/string"), ("service", "/api/message")], ids=["gateway", "service"]
+)
+KEY = {"gateway": "result", "service": "message"}
+PARTS = pytest.mark.parametrize("part", ["gateway", "service"])
+NEW_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def url(system: System, part: str) -> str:
+    """Base URL of one of the servers."""
+    return str(getattr(system, part).url)
+
+
+def assert_problem(answer: Answer, status: int) -> None:
+    """A problem of plain HTTP: RFC 9457, with `about:blank` the title is the status phrase (4.2.1)."""
+    assert answer.status == status
+    assert answer.headers["Content-Type"].split(";")[0] == "application/problem+json"
+    problem = answer.json()
+    assert problem.keys() == {"type", "title", "status", "detail", "request_id"}
+    assert (problem["type"], problem["status"]) == ("about:blank", status)
+    assert problem["title"] == HTTPStatus(status).phrase
+    assert problem["detail"]
+    assert problem["request_id"] == answer.request_id
+    assert NEW_REQUEST_ID.fullmatch(answer.request_id)
+    assert not answer.headers.get("Server")
+
+
+@ROUTES
+@pytest.mark.parametrize("name", CONTENTS)
+async def test_any_unicode_arrives_as_it_is_stored(system: System, part: str, path: str, name: str) -> None:
+    """Whatever PostgreSQL can store is what a client reads."""
+    system.database.set_message(CONTENTS[name])
+    answer = await get(url(system, part) + path)
+    assert (answer.status, answer.json()) == (200, {KEY[part]: CONTENTS[name]})
+    assert answer.headers["Content-Type"].split(";")[0] == "application/json"
+
+
+@ROUTES
+async def test_json_is_utf_8_and_not_escaped(system: System, part: str, path: str) -> None:
+    """A person who reads the body sees the characters, not their numbers."""
+    system.database.set_message("naïve 👋")
+    assert "naïve 👋".encode() in (await get(url(system, part) + path)).body
+
+
+@ROUTES
+async def test_the_message_is_the_row_with_the_lowest_id(system: System, part: str, path: str) -> None:
+    """Not the one that was written last or first."""
+    system.database.sql("INSERT INTO messages (id, content) OVERRIDING SYSTEM VALUE VALUES (-7, 'lowest')")
+    try:
+        assert (await get(url(system, part) + path)).json() == {KEY[part]: "lowest"}
+    finally:
+        system.database.sql("DELETE FROM messages WHERE id = -7")
+
+
+@PARTS
+@pytest.mark.parametrize("path", ["API", "/healthz", "/readyz", "/metrics"])
+async def test_head_is_get_without_the_body(system: System, part: str, path: str) -> None:
+    """Same status and headers, no body, and the connection goes on."""
+    path = path.replace("API", {"gateway": "/api/string", "service": "/api/message"}[part])
+    async with connection(url(system, part)) as client:
+        head = await client.get(path, "HEAD")
+        whole = await client.get(path)
+    assert (head.status, head.body, whole.status) == (200, b"", 200)
+    assert head.headers.keys() == whole.headers.keys()
+    assert head.headers["Content-Type"] == whole.headers["Content-Type"]
+    if path != "/metrics":  # its numbers grow
+        assert head.headers["Content-Length"] == whole.headers["Content-Length"]
+
+
+@PARTS
+async def test_probes_answer(system: System, part: str) -> None:
+    """Both are 200 while all is well."""
+    assert (await get(url(system, part) + "/healthz")).status == 200
+    assert (await get(url(system, part) + "/readyz")).status == 200
+
+
+@ROUTES
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_who_has_the_message_gets_304(system: System, part: str, path: str, method: str) -> None:
+    """A strong ETag that changes with the message; any of a list matches, weakly (RFC 9110, 13.1.2)."""
+    target = url(system, part) + path
+    first = await get(target, method)
+    etag = first.headers["ETag"]
+    assert first.headers["Cache-Control"] == "no-cache"
+    assert re.fullmatch(r'"[\x21\x23-\x7e]+"', etag)
+    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        again = await get(target, method, {"If-None-Match": known})
+        assert (again.status, again.body) == (304, b""), known
+        assert (again.headers["ETag"], again.headers["Cache-Control"]) == (etag, "no-cache")
+        assert again.request_id
+    system.database.set_message("changed")
+    for known in (etag, '"other"', "nonsense"):
+        changed = await get(target, method, {"If-None-Match": known})
+        assert (changed.status, changed.headers["ETag"] != etag) == (200, True), known
+
+
+@PARTS
+@pytest.mark.parametrize("given", ["7", "a.B_c-9", "x" * 128])
+async def test_a_clients_request_id_is_kept(system: System, part: str, given: str) -> None:
+    """It comes back on good answers and on errors."""
+    for path in ("/healthz", "/api/string", "/api/message", "/nowhere"):
+        answer = await get(url(system, part) + path, headers={"X-Request-ID": given})
+        assert answer.request_id == given
+
+
+@PARTS
+@pytest.mark.parametrize("given", ["", "x" * 129, "two words", "a/b", "a,b", "é", "a;b", "<script>"])
+async def test_a_bad_request_id_is_replaced(system: System, part: str, given: str) -> None:
+    """The answer carries a new one, and another one for each request."""
+    answers = [await get(url(system, part) + "/healthz", headers={"X-Request-ID": given}) for _ in range(2)]
+    ids = {answer.request_id for answer in answers}
+    assert len(ids) == 2
+    assert given not in ids
+    assert all(NEW_REQUEST_ID.fullmatch(each) for each in ids)
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+async def test_what_goes_downstream(start: Start, make_peer: MakePeer) -> None:
+    """The request id always, a valid traceparent as it is, an invalid one not at all."""
+    peer = await make_peer(response('{"message": "ok"}'))
+    gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
+
+    async def downstream(headers: dict[str, str]) -> dict[str, str]:
+        answer = await get(gateway.url + "/api/string", headers=headers)
+        assert answer.status == 200
+        lines = peer.requests[-1].strip().split("\r\n")
+        assert lines[0] == "GET /api/message HTTP/1.1"
+        fields = {name.lower(): value.strip() for name, value in (line.split(":", 1) for line in lines[1:])}
+        assert fields["x-request-id"] == answer.request_id
+        return fields
+
+    assert (await downstream({"X-Request-ID": "mine"}))["x-request-id"] == "mine"
+    assert (await downstream({"traceparent": TRACE}))["traceparent"] == TRACE
+    for invalid in (
+        "",
+        "nonsense",
+        TRACE.upper(),
+        TRACE + "-more",
+        TRACE[:-1],
+        "ff" + TRACE[2:],
+        TRACE.replace("4bf92f3577b34da6a3ce929d0e0e4736", "0" * 32),
+        TRACE.replace("00f067aa0ba902b7", "0" * 16),
+    ):
+        assert "traceparent" not in await downstream({"traceparent": invalid}), invalid
+
+
+async def test_a_base_url_may_have_a_path(start: Start, make_peer: MakePeer) -> None:
+    """With or without a slash at its end."""
+    peer = await make_peer(response('{"message": "ok"}'))
+    for base in ("/base", "/base/"):
+        gateway = await start("gateway", DOWNSTREAM_URL=peer.url + base)
+        assert (await get(gateway.url + "/api/string")).status == 200
+        assert peer.requests[-1].startswith("GET /base/api/message ")
+
+
+@PARTS
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/api", "/api/string/", "//api/string", "/api/message/", "/%0a"]
+)
+async def test_an_unknown_path_is_404(system: System, part: str, path: str) -> None:
+    """As a problem document."""
+    assert_problem(await get(url(system, part) + path), 404)
+
+
+@PARTS
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+async def test_a_wrong_method_is_405(system: System, part: str, method: str) -> None:
+    """As a problem document, with what is allowed."""
+    path = {"gateway": "/api/string", "service": "/api/message"}[part]
+    for each in (path, "/healthz"):
+        answer = await get(url(system, part) + each, method)
+        assert_problem(answer, 405)
+        assert {name.strip() for name in answer.headers["Allow"].split(",")} == {"GET", "HEAD"}
+
+
+MALFORMED = {
+    "no HTTP": b"nonsense\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 64 + b"\r\n\r\n",
+    "bad header": b"GET /healthz HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
+    "bad length": b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",
+    "two lengths": b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    "long header": b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+    "long path": b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "NUL": b"GET /healthz HTTP/1.1\r\nHost: x\0y\r\n\r\n",
+}
+
+
+@PARTS
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_malformed_http_is_400(system: System, part: str, name: str) -> None:
+    """As a problem document with a request id, without the server's name; then the connection is closed."""
+    raw = await exchange(url(system, part), MALFORMED[name])
+    head, _, body = raw.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    assert status_line.startswith("HTTP/1.1 400 ")
+    fields = {key.lower(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
+    answer = Answer(400, CIMultiDict(fields), body)
+    assert_problem(answer, 400)
+
+
+@PARTS
+async def test_no_answer_names_the_software(system: System, part: str) -> None:
+    """Neither its name nor its version."""
+    for path in ("/healthz", "/readyz", "/metrics", "/api/string", "/api/message", "/nowhere"):
+        answer = await get(url(system, part) + path)
+        assert not answer.headers.get("Server")
+        assert "aiohttp" not in str(answer.headers).lower()
+
+
+async def test_server_timing_tells_where_the_time_went(system: System) -> None:
+    """Milliseconds for gateway, message service and database, each within the one before it."""
+    answer = await get(system.gateway.url + "/api/string")
+    entries = {part.split(";")[0].strip(): part for part in answer.headers["Server-Timing"].split(",")}
+    durations = [
+        float(re.search(r"dur=([0-9.]+)", entries[name])[1])  # type: ignore[index]
+        for name in ("gateway", "service", "database")
+    ]
+    assert durations[0] >= durations[1] >= durations[2] > 0
+    answer = await get(system.service.url + "/api/message")
+    assert "gateway" not in answer.headers["Server-Timing"]
+
+
+async def test_by_default_it_listens_on_ipv4_and_ipv6(start: Start) -> None:
+    """On the same port."""
+    gateway = await start("gateway", HOST=None)
+    for host in ("127.0.0.1", "[::1]"):
+        assert (await get(f"http://{host}:{gateway.port}/healthz")).status == 200
