@@ -6,7 +6,7 @@ tests that break the server itself always use a cluster of their own.
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,10 @@ def start() -> Iterator[Start]:
     """Starts a server and returns when it listens: `await start("gateway", DOWNSTREAM_URL=…)`."""
     servers: list[Server] = []
 
-    async def start(name: str, **settings: Any) -> Server:
-        servers.append(Server("-m", name, **settings))
+    async def start(
+        name: str, *, program: Sequence[str] = (), wrapper: Sequence[str] = (), **settings: Any
+    ) -> Server:
+        servers.append(Server(name, *(program or ("-m", name)), wrapper=wrapper, **settings))
         return await servers[-1].listening()
 
     yield start
@@ -123,8 +125,8 @@ class System:
 def shared_system(provider: Provider) -> Iterator[System]:
     """Both services for the whole session, for tests that break nothing."""
     database = provider.create()
-    service = Server("-m", "message_service", **database.settings())
-    gateway = Server("-m", "gateway", DOWNSTREAM_URL=wait_listening(service).url)
+    service = Server("message_service", "-m", "message_service", **database.settings())
+    gateway = Server("gateway", "-m", "gateway", DOWNSTREAM_URL=wait_listening(service).url)
     yield System(wait_listening(gateway), service, database)
     close_all([service, gateway])
     provider.drop(database)

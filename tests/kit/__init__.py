@@ -13,18 +13,14 @@ import inspect
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-Result = TypeVar("Result")
 
-
-async def eventually(
-    condition: Callable[[], Result | Awaitable[Result]], within: float = 5, every: float = 0.02
-) -> Result:
+async def eventually(condition: Callable[[], Any], within: float = 5, every: float = 0.02) -> Any:
     """Return the condition's value as soon as it is true; AssertionError when it is not `within` seconds.
 
     The condition may be a coroutine function, and an AssertionError that it raises counts as "not yet".

@@ -25,8 +25,8 @@ class Proxy:
         self.drip = 0.0  # seconds between single bytes
         self.accepted = 0
         self._listener: asyncio.Server | None = None
-        self._flowing = asyncio.Event()
-        self._flowing.set()
+        self._holds_new = False
+        self._flowing: dict[asyncio.Task[None], asyncio.Event] = {}
         self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
 
     @property
@@ -57,36 +57,48 @@ class Proxy:
                 reset(writer)
             task.cancel()
 
-    def freeze(self) -> None:
-        """Hold all bytes silently: connections stay up, new ones are accepted, nothing passes."""
-        self._flowing.clear()
+    def freeze(self, *, established: bool = True, new: bool = True) -> None:
+        """Hold all bytes silently: connections stay up, new ones are accepted, nothing passes.
+
+        Only `established`: what a firewall does that forgot its connections. Only `new`: slow connecting.
+        """
+        self._holds_new = new
+        if established:
+            for flowing in self._flowing.values():
+                flowing.clear()
 
     def resume(self) -> None:
         """Let the bytes that were held pass, and all that follow."""
-        self._flowing.set()
+        self._holds_new = False
+        for flowing in self._flowing.values():
+            flowing.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         task = asyncio.current_task()
         assert task
         self._connections[task] = [writer]
+        flowing = self._flowing[task] = asyncio.Event()
+        if not self._holds_new:
+            flowing.set()
         with contextlib.suppress(OSError, asyncio.CancelledError):
             try:
-                await self._flowing.wait()
+                await flowing.wait()
                 onward = await asyncio.open_connection("127.0.0.1", self.target_port)
                 self._connections[task].append(onward[1])
-                await asyncio.gather(self._pump(reader, onward[1]), self._pump(onward[0], writer))
+                await asyncio.gather(self._pump(reader, onward[1], flowing), self._pump(onward[0], writer, flowing))
             finally:
+                del self._flowing[task]
                 for each in self._connections.pop(task):
                     each.close()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flowing: asyncio.Event) -> None:
         while chunk := await reader.read(65536):
             if self.delay:
                 await asyncio.sleep(self.delay)
             step = 1 if self.drip else len(chunk)
             for start in range(0, len(chunk), step):
-                await self._flowing.wait()
+                await flowing.wait()
                 writer.write(chunk[start : start + step])
                 await writer.drain()
                 await asyncio.sleep(self.drip)
@@ -223,9 +235,7 @@ class NameServer(asyncio.DatagramProtocol):
 @contextlib.asynccontextmanager
 async def name_server(address: str) -> AsyncIterator[NameServer]:
     """A DNS server at `address`; PermissionError without the right to use port 53."""
-    transport, server = await asyncio.get_running_loop().create_datagram_endpoint(
-        NameServer, local_addr=(address, 53)
-    )
+    transport, server = await asyncio.get_running_loop().create_datagram_endpoint(NameServer, local_addr=(address, 53))
     try:
         yield server
     finally:

@@ -52,9 +52,7 @@ def programs(folder: Path) -> Path:
 class Database:
     """One database: its settings for the message service, and SQL for the test."""
 
-    def __init__(
-        self, name: str, user: str, password: str | None, host: str, port: int, admin_host: str = ""
-    ):
+    def __init__(self, name: str, user: str, password: str | None, host: str, port: int, admin_host: str = ""):
         self.name, self.user, self.password, self.host, self.port = name, user, password, host, port
         self.admin_host = admin_host or host
         self.connections: list[Any] = []
@@ -222,9 +220,7 @@ class Cluster:
             command += ["-c", f"{name}={value}"]
         log_file = self.folder / "log"
         with log_file.open("a") as log:
-            self.process = subprocess.Popen(
-                command, user=USER, stdout=log, stderr=log, cwd="/", start_new_session=True
-            )
+            self.process = subprocess.Popen(command, user=USER, stdout=log, stderr=log, cwd="/", start_new_session=True)
         deadline = time.monotonic() + 30
         while not self._ready():
             assert self.process.poll() is None, f"PostgreSQL ended: {log_file.read_text()[-2000:]}"
@@ -240,9 +236,7 @@ class Cluster:
 
     def stop(self, mode: str = "fast") -> None:
         """Shut down: `smart` waits for clients, `fast` ends them, `immediate` needs recovery afterwards."""
-        self.process.send_signal(
-            {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode]
-        )
+        self.process.send_signal({"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
         self.process.wait(30)
 
     def restart(self, mode: str = "fast") -> None:

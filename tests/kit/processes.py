@@ -43,9 +43,9 @@ def run(*command: str, within: float = 20, **settings: Any) -> subprocess.Comple
 class Server:
     """One running server."""
 
-    def __init__(self, *command: str, wrapper: Sequence[str] = (), cwd: Path = ROOT, **settings: Any):
+    def __init__(self, name: str, *command: str, wrapper: Sequence[str] = (), cwd: Path = ROOT, **settings: Any):
         """Start `python COMMAND`; `wrapper` is a command that executes its arguments, as unshare does."""
-        self.name = command[-1]
+        self.name = name
         self.log: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self.expected_tracebacks = False
@@ -116,7 +116,8 @@ class Server:
                     raise RuntimeError(f"{self.name} ended with {ended}: {self.noise} {self.log}")
             return lines
 
-        return (await eventually(look, within))[0]
+        lines: list[dict[str, Any]] = await eventually(look, within)
+        return lines[0]
 
     def freeze(self) -> None:
         """SIGSTOP: its sockets stay open, it does nothing."""

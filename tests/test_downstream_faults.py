@@ -1,0 +1,210 @@
+"""What the gateway's client sees of a message service that is away, silent, or says what is not its contract."""
+
+import asyncio
+import contextlib
+import gzip
+import json
+
+from conftest import MakePeer, MakeProxy, Start
+from kit import eventually, memory, open_sockets, reserve_port
+from kit.client import Answer, get
+from kit.network import reset, response, unanswered_port
+from kit.postgres import Database
+
+GOOD = response('{"message": "ok"}')
+PROBLEM = "application/problem+json"
+
+
+def problem(status: int, kind: str) -> bytes:
+    """What the message service itself would say."""
+    body = {"type": f"urn:problem-type:messages:{kind}", "title": "t", "status": status, "detail": "d"}
+    return response(json.dumps(body), f"{status} T", PROBLEM)
+
+
+async def endless_body(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        await writer.drain()
+
+
+async def endless_header(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        writer.write(b"x" * 65536)
+        await writer.drain()
+
+
+async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def drips(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    for byte in GOOD:
+        writer.write(bytes([byte]))
+        await writer.drain()
+        await asyncio.sleep(0.1)
+
+
+async def resets(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    reset(writer)
+
+
+BOMB = gzip.compress(json.dumps({"message": "0" * 50_000_000}).encode(), 1)
+
+ANSWERS: dict[int, dict[str, bytes | object]] = {
+    404: {"the table is empty": problem(404, "no-message")},
+    502: {
+        "no HTTP": b"garbage\r\n\r\n",
+        "another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+        "invalid JSON": response('{"message": '),
+        "empty body": response(""),
+        "invalid UTF-8": response(b'{"message": "\xff"}'),
+        "lone surrogate": response('{"message": "\\ud800"}'),
+        "nested too deeply": response("[" * 100_000),
+        "wrong key": response('{"result": "ok"}'),
+        "a number": response('{"message": 1}'),
+        "null": response('{"message": null}'),
+        "a list": response('["message"]'),
+        "a string": response('"message"'),
+        "HTML": response("<html>", content_type="text/html"),
+        "JSON called text": response('{"message": "ok"}', content_type="text/plain"),
+        "204": b"HTTP/1.1 204 No Content\r\n\r\n",
+        "201": response('{"message": "ok"}', "201 Created"),
+        "206": response('{"message": "ok"}', "206 Partial Content"),
+        "304": b"HTTP/1.1 304 Not Modified\r\n\r\n",
+        "404 of somebody else": response("<html>", "404 Not Found", "text/html"),
+        "404 of another problem": problem(404, "other"),
+        "401": response("{}", "401 Unauthorized"),
+        "500 in HTML": response("<html>", "500 Internal Server Error", "text/html"),
+        "500 as a problem": problem(500, "other"),
+        "problem that is a list": response("[]", "503 T", PROBLEM),
+        "more than 1 MiB": response(json.dumps({"message": "x" * 1024 * 1024})),
+        "says more than 1 MiB": response('{"message": "ok"}', Content_Length="9999999999") + b" " * 2_000_000,
+        "endless body": endless_body,
+        "endless header": endless_header,
+        "compressed bomb": response(BOMB, Content_Encoding="gzip"),
+    },
+    503: {
+        "it has no database": problem(503, "unavailable"),
+        "closed with no answer": b"",
+        "closed in the header": b"HTTP/1.1 200 OK\r\nContent-Le",
+        "closed in the body": GOOD[:-3],
+        "reset": resets,
+    },
+    504: {"its database is slow": problem(504, "timeout"), "says nothing": says_nothing, "drips": drips},
+}
+KINDS = {404: "no-message", 502: "bad-downstream", 503: "unavailable", 504: "timeout"}
+
+
+async def test_whatever_it_says_the_client_gets_a_clear_answer(start: Start, make_peer: MakePeer) -> None:
+    """The status of the contract within the time limit, a good answer right after it, and nothing left open."""
+    peer = await make_peer(GOOD)
+    gateway = await start("gateway", DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=1)
+    url = gateway.url + "/api/string"
+    assert (await get(url)).status == 200
+    sockets = open_sockets(gateway.pid)
+    found, expected = {}, {}
+    for status, answers in ANSWERS.items():
+        for name, script in answers.items():
+            peer.script = script  # type: ignore[assignment]
+            answer = await get(url, within=2)
+            found[name] = answer.status, answer.json()["type"], "Retry-After" in answer.headers
+            expected[name] = status, f"urn:problem-type:messages:{KINDS[status]}", status == 503
+            peer.script = GOOD
+            assert (await get(url)).json() == {"result": "ok"}, f"after {name}"
+    assert found == expected
+    await eventually(lambda: open_sockets(gateway.pid) <= sockets)
+    assert memory(gateway.pid) < 150 * 1024 * 1024
+
+
+async def test_a_redirect_is_not_followed(start: Start, make_peer: MakePeer) -> None:
+    """Nobody can send the gateway elsewhere."""
+    elsewhere = await make_peer(GOOD)
+    peer = await make_peer(response("", "302 Found", Location=elsewhere.url + "/api/message"))
+    gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
+    assert (await get(gateway.url + "/api/string")).status == 502
+    assert elsewhere.requests == []
+
+
+async def test_one_request_is_one_request(start: Start, make_peer: MakePeer) -> None:
+    """A message service that fails is not asked again behind the client's back, which would double its load."""
+    peer = await make_peer(b"")
+    gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
+    assert (await get(gateway.url + "/api/string")).status == 503
+    assert len(peer.requests) == 1
+
+
+async def test_it_is_away(start: Start) -> None:
+    """Refused, without a name, or silent: a clear answer in time."""
+
+    async def ask(url: str) -> Answer:
+        gateway = await start("gateway", DOWNSTREAM_URL=url, DOWNSTREAM_TIMEOUT=1)
+        return await get(gateway.url + "/api/string", within=2)
+
+    with reserve_port() as refused:
+        assert (await ask(f"http://127.0.0.1:{refused.getsockname()[1]}")).status == 503
+    assert (await ask("http://nowhere.invalid")).status in (503, 504)  # as fast as the resolver is
+    with unanswered_port() as port:
+        assert (await ask(f"http://127.0.0.1:{port}")).status == 504
+
+
+async def test_its_restart_is_not_noticed(start: Start, database: Database) -> None:
+    """Connections kept to the old process cost no request; while it is away the answer is 503."""
+    with reserve_port() as port:
+        settings = database.settings() | {"PORT": port.getsockname()[1]}
+        service = await start("message_service", **settings)
+        gateway = await start("gateway", DOWNSTREAM_URL=service.url)
+        url = gateway.url + "/api/string"
+        assert {a.status for a in await asyncio.gather(*(get(url) for _ in range(20)))} == {200}
+        service.terminate()
+        await service.exit_status()
+        assert (await get(url)).status == 503
+        assert (await get(gateway.url + "/readyz")).status == 200
+        service = await start("message_service", **settings)
+        assert (await get(url)).status == 200
+        service.kill()
+        await start("message_service", **settings)
+        assert (await get(url)).status == 200
+
+
+async def test_it_is_frozen_and_goes_on(start: Start, database: Database) -> None:
+    """504 while it lasts, also for those who come later; a good answer at once after it."""
+    service = await start("message_service", **database.settings())
+    gateway = await start("gateway", DOWNSTREAM_URL=service.url, DOWNSTREAM_TIMEOUT=1)
+    url = gateway.url + "/api/string"
+    assert (await get(url)).status == 200
+    service.freeze()
+    for _ in range(2):
+        assert {a.status for a in await asyncio.gather(*(get(url, within=2) for _ in range(20)))} == {504}
+    service.resume()
+    assert (await get(url, within=1)).status == 200
+
+
+async def test_connections_that_died_silently_cost_one_time_limit(
+    start: Start, make_peer: MakePeer, make_proxy: MakeProxy
+) -> None:
+    """When a firewall forgot the connections, one request is answered 504, and the next ones well."""
+    peer = await make_peer(GOOD, keep_alive=True)
+    proxy = await make_proxy(peer.port)
+    gateway = await start("gateway", DOWNSTREAM_URL=proxy.url, DOWNSTREAM_TIMEOUT=1)
+    url = gateway.url + "/api/string"
+    assert (await get(url)).status == 200
+    proxy.freeze(new=False)
+    assert (await get(url, within=2)).status == 504
+    assert (await get(url)).status == 200
+
+
+async def test_one_stuck_call_holds_up_nobody_else(start: Start, make_peer: MakePeer) -> None:
+    """While one answer does not come, later requests are answered."""
+    peer = await make_peer(says_nothing)
+    gateway = await start("gateway", DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=3)
+    stuck = asyncio.create_task(get(gateway.url + "/api/string"))
+    await eventually(lambda: peer.requests)
+    peer.script = GOOD
+    for _ in range(5):
+        assert (await get(gateway.url + "/api/string", within=1)).status == 200
+    assert not stuck.done()
+    stuck.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await stuck

@@ -1,0 +1,261 @@
+"""The life of a server: it starts in any order with the others, drains, finishes what it has begun, and ends."""
+
+import asyncio
+import re
+import signal
+import time
+
+import pytest
+from conftest import MakePeer, Start, System
+from kit import ROOT, eventually, reserve_port
+from kit.client import Connection, connection, get
+from kit.network import response
+from kit.postgres import SCHEMA, Cluster, Database
+from kit.processes import Server, run
+from test_downstream_faults import says_nothing
+
+
+async def ready(server: Server) -> bool:
+    """What a load balancer asks."""
+    return (await get(server.url + "/readyz")).status == 200
+
+
+async def refuses(server: Server) -> bool:
+    """Whether it has stopped listening."""
+    try:
+        async with connection(server.url):
+            return False
+    except ConnectionError:
+        return True
+
+
+# ---- start -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_database_may_come_last(cluster: Cluster, start: Start) -> None:
+    """The message service is up but unready meanwhile, and heals by itself within a second."""
+    cluster.stop()
+    service = await start("message_service", **cluster.database().settings())
+    assert (await get(service.url + "/healthz")).status == 200
+    assert (await get(service.url + "/readyz")).status == 503
+    assert (await get(service.url + "/api/message")).status == 503
+    cluster.start()
+    assert (await get(service.url + "/api/message")).status == 200
+    await eventually(lambda: ready(service), within=1)
+
+
+async def test_the_table_may_come_last(start: Start, empty_database: Database) -> None:
+    """Unready without it, well once it is there, ready also when it is empty."""
+    service = await start("message_service", **empty_database.settings())
+    assert (await get(service.url + "/api/message")).status == 503
+    assert not await ready(service)
+    empty_database.sql(SCHEMA)
+    assert (await get(service.url + "/api/message")).status == 200
+    await eventually(lambda: ready(service), within=1)
+
+
+async def test_the_message_service_may_come_last(start: Start, database: Database) -> None:
+    """The gateway is ready meanwhile, so that clients get a clear answer."""
+    with reserve_port() as port:
+        number = port.getsockname()[1]
+        gateway = await start("gateway", DOWNSTREAM_URL=f"http://127.0.0.1:{number}")
+        assert await ready(gateway)
+        assert (await get(gateway.url + "/api/string")).status == 503
+        await start("message_service", **database.settings(), PORT=number)
+        assert (await get(gateway.url + "/api/string")).status == 200
+
+
+async def test_an_unexpected_error_is_a_500_without_internals(start: Start) -> None:
+    """The client gets a problem; the log gets the traceback, once, with the request's id."""
+    program = (
+        "import gateway, server\n"
+        "async def ask(self): raise ZeroDivisionError('the inside')\n"
+        "gateway.MessageService.ask = ask\n"
+        "server.main('gateway', '', gateway.Settings, gateway.start)"
+    )
+    gateway = await start("gateway", program=("-c", program))
+    gateway.expected_tracebacks = True
+    answer = await get(gateway.url + "/api/string", headers={"X-Request-ID": "mine"})
+    problem = answer.json()
+    assert (answer.status, answer.headers["Content-Type"]) == (500, "application/problem+json")
+    assert (problem["type"], problem["status"], problem["request_id"]) == ("about:blank", 500, "mine")
+    assert "inside" not in answer.body.decode()
+    assert "ZeroDivision" not in answer.body.decode()
+    line = await gateway.wait_for_log(request_id="mine")
+    assert (line["level"], line["status"], line["path"]) == ("error", 500, "/api/string")
+    assert "ZeroDivisionError: the inside" in line["exception"]
+    assert len([line for line in gateway.log if "exception" in line]) == 1
+    assert (await get(gateway.url + "/healthz")).status == 200
+
+
+# ---- drain and end ---------------------------------------------------------------------------------------------
+
+BOTH = pytest.mark.parametrize("name", ["gateway", "message_service"])
+API = {"gateway": "/api/string", "message_service": "/api/message"}
+
+
+@pytest.fixture
+async def server(request: pytest.FixtureRequest, start: Start, database: Database, system: System) -> Server:
+    """A server of the parameter's name (and settings), in a system that works."""
+    name, settings = request.param
+    return await start(name, **database.settings(), DOWNSTREAM_URL=system.service.url, **settings)
+
+
+def servers(**settings: float) -> pytest.MarkDecorator:
+    """Run a test with each of the two."""
+    parameters = [("gateway", settings), ("message_service", settings)]
+    return pytest.mark.parametrize("server", parameters, indirect=True, ids=["gateway", "message_service"])
+
+
+@servers(DRAIN_SECONDS=1)
+async def test_a_drain_loses_nothing(server: Server) -> None:
+    """Keep-alive clients under way are answered until an answer tells them to go; new ones are served meanwhile."""
+    path = API[server.name]
+    told_to_go = 0
+
+    async def keep_asking(client: Connection) -> None:
+        nonlocal told_to_go
+        while True:
+            answer = await client.get(path)
+            assert answer.status == 200
+            if answer.headers.get("Connection") == "close":
+                assert await client.reader.read() == b""  # and then it is closed
+                told_to_go += 1
+                return
+            await asyncio.sleep(0.01)
+
+    async def ask_once_in_the_drain(client: Connection) -> None:
+        await eventually(lambda: server.logged(message="draining"))
+        await asyncio.sleep(0.5)
+        assert (await client.get(path)).headers["Connection"] == "close"
+
+    async with connection(server.url) as idle, connection(server.url) as fresh:
+        busy = [await connection(server.url).__aenter__() for _ in range(4)]
+        assert (await idle.get(path)).status == 200
+        tasks = [asyncio.create_task(keep_asking(client)) for client in busy]
+        tasks += [asyncio.create_task(ask_once_in_the_drain(client)) for client in (idle, fresh)]
+        await asyncio.sleep(0.2)
+        server.terminate()
+        await eventually(lambda: server.logged(message="draining"))
+        readiness = await get(server.url + "/readyz")
+        assert (readiness.status, readiness.json()["status"]) == (503, 503)
+        assert readiness.headers["Connection"] == "close"
+        assert (await get(server.url + "/healthz")).status == 200
+        assert (await get(server.url + path)).status == 200
+        await asyncio.gather(*tasks)
+        for client in busy:
+            await client.close()
+    assert told_to_go == 4
+    assert await server.exit_status() == 0
+
+
+@servers()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_idle_it_ends_within_a_second(server: Server, number: signal.Signals) -> None:
+    """With exit status 0, whatever connections are open: unused, kept alive, or with half a request."""
+    async with connection(server.url) as kept, connection(server.url), connection(server.url) as half:
+        assert (await kept.get("/healthz")).status == 200
+        assert (await kept.get(API[server.name])).status == 200
+        half.writer.write(b"GET /healthz HTT")
+        await half.writer.drain()
+        server.terminate(number)
+        assert await server.exit_status(within=1) == 0
+    assert server.log[-1]["message"] == "stopped"
+
+
+@servers(SHUTDOWN_SECONDS=5, DB_TIMEOUT=5)
+async def test_what_is_in_flight_is_finished(server: Server, database: Database, system: System) -> None:
+    """A request that takes a while gets its answer, while nobody can connect any more."""
+    locked = database if server.name == "message_service" else system.database
+    with locked.locked():
+        waiting = asyncio.create_task(get(server.url + API[server.name]))
+        await eventually(lambda: database.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
+        server.terminate()
+        await eventually(lambda: refuses(server))
+    answer = await waiting
+    assert (answer.status, answer.headers["Connection"]) == (200, "close")
+    assert await server.exit_status(within=1) == 0
+
+
+async def test_a_request_that_never_ends_costs_the_shutdown_time_once(start: Start, make_peer: MakePeer) -> None:
+    """Not twice that, as with aiohttp's own; with 0 it costs nothing, rather than for ever."""
+    peer = await make_peer(says_nothing)
+    for seconds in (2, 0):
+        gateway = await start("gateway", DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=60, SHUTDOWN_SECONDS=seconds)
+        async with connection(gateway.url) as client:
+            await client.send("/api/string")
+            await eventually(lambda: peer.requests)
+            peer.requests.clear()
+            begin = time.monotonic()
+            gateway.terminate()
+            assert await gateway.exit_status() == 0
+            assert seconds <= time.monotonic() - begin < seconds + 1.5
+
+
+async def test_a_frozen_database_does_not_hold_up_the_end(cluster: Cluster, start: Start) -> None:
+    """Nor does a connection that is being made: aiopg would wait for both for ever."""
+    settings = cluster.database().settings() | {"DB_TIMEOUT": 60, "SHUTDOWN_SECONDS": 1}
+    service = await start("message_service", **settings)
+    assert (await get(service.url + "/api/message")).status == 200
+    cluster.freeze()
+    async with connection(service.url) as first, connection(service.url) as second:
+        await first.send("/api/message")
+        await asyncio.sleep(0.1)
+        await second.send("/api/message")
+        await asyncio.sleep(0.1)
+        service.terminate()
+        assert await service.exit_status(within=3) == 0
+
+
+@pytest.mark.parametrize("waiting_for", ["the drain", "a request"])
+async def test_a_second_signal_skips_the_waiting(start: Start, make_peer: MakePeer, waiting_for: str) -> None:
+    """Whatever it was waiting for, it ends within a second, with exit status 0."""
+    peer = await make_peer(says_nothing)
+    drain = 60 if waiting_for == "the drain" else 0
+    settings = {"DOWNSTREAM_URL": peer.url, "DOWNSTREAM_TIMEOUT": 60}
+    gateway = await start("gateway", **settings, DRAIN_SECONDS=drain, SHUTDOWN_SECONDS=60)
+    async with connection(gateway.url) as client:
+        await client.send("/api/string")
+        await eventually(lambda: peer.requests)
+        gateway.terminate()
+        await gateway.wait_for_log(message="draining")
+        if waiting_for == "a request":
+            await eventually(lambda: refuses(gateway))
+        gateway.terminate()
+        assert await gateway.exit_status(within=1) == 0
+
+
+@BOTH
+async def test_a_port_in_use_is_one_line(name: str) -> None:
+    """And exit status 1."""
+    with reserve_port() as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = await asyncio.to_thread(run, "-m", name, PORT=port)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert str(port) in ended.stderr
+
+
+async def test_a_whole_response_goes_out_before_the_end(start: Start, make_peer: MakePeer) -> None:
+    """A client that reads slowly gets all of a large answer, although the server has been told to end."""
+    content = "x" * 1_000_000
+    peer = await make_peer(response(f'{{"message": "{content}"}}'))
+    gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
+    async with connection(gateway.url) as client:
+        client.reader._transport.pause_reading()  # type: ignore[attr-defined]  # noqa: SLF001
+        await client.send("/api/string")
+        await eventually(lambda: peer.requests)
+        gateway.terminate()
+        await eventually(lambda: refuses(gateway))
+        client.reader._transport.resume_reading()  # type: ignore[attr-defined]  # noqa: SLF001
+        assert (await client.receive()).json() == {"result": content}
+    assert await gateway.exit_status(within=2) == 0
+
+
+def test_the_version_is_the_projects() -> None:
+    """`--version` prints it."""
+    version = re.search(r'VERSION = "(.+)"', (ROOT / "server.py").read_text())
+    assert version
+    for name in API:
+        ended = run("-m", name, "--version")
+        assert (ended.returncode, ended.stdout.strip()) == (0, f"{name} {version[1]}")
