@@ -14,8 +14,10 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 
 from aiohttp import (
+    ClientConnectionError,
     ClientError,
     ClientResponse,
     ClientResponseError,
@@ -23,6 +25,7 @@ from aiohttp import (
     ClientTimeout,
     DummyCookieJar,
     TCPConnector,
+    TraceConfig,
     hdrs,
 )
 from yarl import URL
@@ -87,6 +90,17 @@ class MessageService:
         if _VALID_SERVER_TIMING(behind):
             timing += f", {behind}"
         return answers.json_answer("result", content, {"Server-Timing": timing})
+
+
+async def _refuse_second_connection(_session: ClientSession, context: SimpleNamespace, _: object) -> None:
+    """Called before aiohttp connects for a request.
+
+    When a connection is closed instead of an answer, aiohttp sends the request once more. That is right for one that
+    was kept from before, but a service that closes new ones would only see each request twice.
+    """
+    if getattr(context, "has_connected", False):
+        raise ClientConnectionError("it closed a new connection without an answer")
+    context.has_connected = True
 
 
 def _media_type(response: ClientResponse) -> str:
@@ -172,7 +186,10 @@ def page_answer() -> Answer:
 
 @contextlib.asynccontextmanager
 async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
+    connections = TraceConfig()
+    connections.on_connection_create_start.append(_refuse_second_connection)
     session = ClientSession(
+        trace_configs=[connections],
         # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
         connector=TCPConnector(
             resolver=blocking.Resolver(), use_dns_cache=False, limit=0, keepalive_timeout=KEEPALIVE_TIMEOUT

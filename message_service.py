@@ -265,8 +265,20 @@ def to_problem(error: Exception) -> Problem:
     return answers.unavailable("The database is not available.", cause)
 
 
+def _ignore_cancelled_queries(loop: asyncio.AbstractEventLoop) -> None:
+    """aiopg tells the event loop of a query that the server cancelled, besides raising for it; once is enough."""
+    handle = loop.get_exception_handler()
+
+    def handle_others(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if handle and not isinstance(context.get("exception"), psycopg2.extensions.QueryCanceledError):
+            handle(loop, context)
+
+    loop.set_exception_handler(handle_others)
+
+
 @contextlib.asynccontextmanager
 async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
+    _ignore_cancelled_queries(asyncio.get_running_loop())
     async with Database(options) as database:
         ask = Coalescer(
             database.ask, limit=options.db_pool_size, timeout=options.db_timeout, observe=metrics.observe_run

@@ -15,7 +15,7 @@ from answers import Answer
 
 LAG_INTERVAL = 0.5  # seconds between two looks at the event loop
 
-prometheus_client.disable_created_metrics()  # they double the lines, and Prometheus does not need them
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the lines, and Prometheus does not need them
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 

@@ -90,9 +90,7 @@ def start() -> Iterator[Start]:
     """Starts a server and returns when it listens: `await start("gateway", DOWNSTREAM_URL=…)`."""
     servers: list[Server] = []
 
-    async def start(
-        name: str, *, program: Sequence[str] = (), wrapper: Sequence[str] = (), **settings: Any
-    ) -> Server:
+    async def start(name: str, *, program: Sequence[str] = (), wrapper: Sequence[str] = (), **settings: Any) -> Server:
         servers.append(Server(name, *(program or ("-m", name)), wrapper=wrapper, **settings))
         return await servers[-1].listening()
 
