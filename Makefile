@@ -15,10 +15,13 @@ run: .venv/.local  ## the whole system on this machine: PostgreSQL, message serv
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
 	$(BIN)/python -m pytest
 
-check: .venv/.dev  ## lint and types
+check: .venv/.dev  ## lint, types, Kubernetes schemas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# An unknown schema is only a warning to it: whatever it says counts as a failure.
+	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
+KUBERNETES := 1.37 1.36 1.35 1.34
 
 # A group's environment is up to date when its stamp is newer than its lock file.
 .venv/.%: requirements-%.txt
