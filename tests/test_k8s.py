@@ -1,0 +1,612 @@
+"""k8s.yaml holds what a schema cannot see: its parts fit together, and fit the servers that really run.
+
+Paths, ports, settings and their defaults are asked of the servers. At the end, each property is broken once in a
+copy of the file, and its test has to fail.
+"""
+
+import inspect
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Start, close_all
+from k8s_rules import (
+    Manifest,
+    NotStarted,
+    Object,
+    Peer,
+    all_containers,
+    amount,
+    arrows,
+    configuration,
+    selects,
+)
+from kit import ROOT, memory
+from kit.client import get
+from kit.postgres import Database
+from kit.processes import Server, run, wait_listening
+
+import gateway
+import server
+
+SERVICES = ("gateway", "message-service")
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+ALB = "alb.ingress.kubernetes.io/"
+ALB_NOTICES = 15  # seconds at most, as operators report it, until an ALB sends nothing more to a pod that is ending
+TO_CLOSE = 5  # seconds for closing connections, and for the interpreter's end
+
+
+class Servers:
+    """Both servers as the image starts them, with nothing behind them, and what they say of themselves."""
+
+    def __init__(self) -> None:
+        nobody = 1  # a port at which nobody listens
+        behind: dict[str, dict[str, Any]] = {
+            "gateway": {"DOWNSTREAM_URL": f"http://127.0.0.1:{nobody}"},
+            "message-service": {"DB_HOST": "127.0.0.1", "DB_PORT": nobody},
+        }
+        modules = {name: name.replace("-", "_") for name in SERVICES}
+        self.help = {name: run("-m", modules[name], "--help").stdout for name in SERVICES}
+        self.running = {name: Server(name, "-m", modules[name], **behind[name]) for name in SERVICES}
+        for item in self.running.values():
+            wait_listening(item)
+
+    def status(self, name: str, path: str) -> int:
+        """How a server answers GET."""
+        try:
+            with urllib.request.urlopen(self.running[name].url + path, timeout=10) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def defaults(self, name: str) -> dict[str, str]:
+        """The settings of a server, each with the first word of its default, as `--help` prints them."""
+        return dict(re.findall(r"^  ([A-Z_]+) +(\S+)", self.help[name], re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    close_all(list(servers.running.values()))
+
+
+@pytest.fixture(scope="module")
+def file() -> Manifest:
+    return Manifest.read(ROOT / "k8s.yaml")
+
+
+@pytest.fixture
+def manifest(file: Manifest) -> Manifest:
+    return file.copy()
+
+
+def attributes(ingress: Object, name: str) -> dict[str, str]:
+    """A load balancer's attributes, out of their annotation."""
+    text = ingress["metadata"]["annotations"][f"{ALB}{name}-attributes"]
+    return dict(item.split("=", 1) for item in text.split(","))
+
+
+# ---- the parts fit together ------------------------------------------------------------------------------------
+
+
+def test_order(manifest: Manifest) -> None:
+    """One apply is enough: whatever a pod needs at its creation stands before the Deployments, in one namespace."""
+    kinds = [item["kind"] for item in manifest.objects]
+    wanted = [
+        "Namespace",
+        "ServiceAccount",
+        "ConfigMap",
+        "Service",
+        "Ingress",
+        "NetworkPolicy",
+        "Deployment",
+        "PodDisruptionBudget",
+        "HorizontalPodAutoscaler",
+    ]
+    assert kinds == sorted(kinds, key=wanted.index)
+    assert list(dict.fromkeys(kinds)) == wanted
+    namespace = manifest.objects[0]["metadata"]
+    assert namespace["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert namespace["labels"]["elbv2.k8s.aws/pod-readiness-gate-inject"] == "enabled"
+    assert {item["metadata"]["namespace"] for item in manifest.objects[1:]} == {namespace["name"]}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_selectors(manifest: Manifest, name: str) -> None:
+    """What is named after a service selects the pods of that service, all of them and no others."""
+    selectors = [
+        manifest.find("Deployment", name)["spec"]["selector"],
+        {"matchLabels": manifest.find("Service", name)["spec"]["selector"]},
+        manifest.find("NetworkPolicy", name)["spec"]["podSelector"],
+        manifest.find("PodDisruptionBudget", name)["spec"]["selector"],
+        *(item["labelSelector"] for item in manifest.pod(name)["spec"]["topologySpreadConstraints"]),
+    ]
+    for selector in selectors:
+        chosen = [other for other in SERVICES if selects(selector, manifest.pod(other)["metadata"]["labels"])]
+        assert chosen == [name]
+    target = manifest.find("HorizontalPodAutoscaler", name)["spec"]["scaleTargetRef"]
+    assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+    assert manifest.find("ServiceAccount", manifest.pod(name)["spec"]["serviceAccountName"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_ports(manifest: Manifest, servers: Servers, name: str) -> None:
+    """A connection to a Service arrives where the server listens; its port has the same number and name all the way."""
+    (port,) = manifest.container(name)["ports"]
+    assert port["containerPort"] == int(servers.defaults(name)["PORT"])
+    (service_port,) = manifest.find("Service", name)["spec"]["ports"]
+    assert service_port == {"name": port["name"], "port": port["containerPort"], "targetPort": port["name"]}
+
+
+def test_downstream_url(manifest: Manifest) -> None:
+    """The gateway finds the message service by its Service's name and port."""
+    service = manifest.find("Service", "message-service")
+    (port,) = service["spec"]["ports"]
+    url = f"http://{service['metadata']['name']}:{port['port']}"
+    assert manifest.find("ConfigMap", "gateway")["data"]["DOWNSTREAM_URL"] == url
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_image(manifest: Manifest, name: str) -> None:
+    """There is one image, of this version, and the line that puts another in its place finds every mention."""
+    image = f"messages:{server.VERSION}"
+    assert f"s|{image}|$IMAGE|" in (ROOT / "k8s.yaml").read_text()
+    for container in all_containers(manifest.pod(name)):
+        assert container["image"] == image
+        assert container["imagePullPolicy"] == "IfNotPresent"
+    assert manifest.container(name)["args"] == [name.replace("-", "_")]
+
+
+# ---- they fit the servers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_probes(manifest: Manifest, servers: Servers, name: str) -> None:
+    """A pod with nothing behind it stays alive; a message service without its database gets no traffic."""
+    container = manifest.container(name)
+    for probe in (container[kind] for kind in PROBES):
+        assert probe.keys() == {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}
+        assert probe["httpGet"]["port"] == container["ports"][0]["name"]
+    answers = [servers.status(name, container[kind]["httpGet"]["path"]) for kind in PROBES]
+    assert answers == [200, 200 if name == "gateway" else 503, 200]
+    readiness = container["readinessProbe"]
+    assert readiness["timeoutSeconds"] > float(servers.defaults(name).get("DB_TIMEOUT", "0"))
+    start = container["startupProbe"]
+    assert start["periodSeconds"] * start["failureThreshold"] >= 30
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_metrics(manifest: Manifest, servers: Servers, name: str) -> None:
+    """Prometheus is told a port and a path at which the server has metrics."""
+    told = manifest.pod(name)["metadata"]["annotations"]
+    assert told["prometheus.io/scrape"] == "true"
+    assert told["prometheus.io/port"] == servers.defaults(name)["PORT"]
+    assert servers.status(name, told["prometheus.io/path"]) == 200
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_settings(manifest: Manifest, servers: Servers, tmp_path: Path, name: str) -> None:
+    """A server reads every variable that it is given, and is given all whose default is of use on one machine only."""
+    manifest.objects.append(secret("database.example"))
+    defaults = servers.defaults(name)
+    local = {variable for variable, default in defaults.items() if "localhost" in default}
+    for container in all_containers(manifest.pod(name)):
+        given = configuration(manifest, manifest.pod(name), container, tmp_path)
+        assert given.keys() <= defaults.keys()
+        assert given.keys() >= local
+        assert "DB_PASSWORD" not in given
+        assert ("DB_PASSWORD_FILE" in given) == ("DB_PASSWORD_FILE" in defaults)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_grace_period(manifest: Manifest, servers: Servers, name: str) -> None:
+    """A pod that is told to end drains, finishes what is in flight and exits before it is killed."""
+    data = manifest.find("ConfigMap", name)["data"]
+    shutdown = data.get("SHUTDOWN_SECONDS") or servers.defaults(name)["SHUTDOWN_SECONDS"]
+    needed = float(data["DRAIN_SECONDS"]) + float(shutdown) + TO_CLOSE
+    assert manifest.pod(name)["spec"]["terminationGracePeriodSeconds"] >= needed
+    assert "lifecycle" not in manifest.container(name)  # a preStop hook's time would count, too
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_resources(manifest: Manifest, servers: Servers, name: str) -> None:
+    """A server has room to grow before it is killed for its memory, and its autoscaler has a request to measure by."""
+    assert manifest.find("HorizontalPodAutoscaler", name)["spec"]["metrics"][0]["resource"]["name"] == "cpu"
+    for container in all_containers(manifest.pod(name)):
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert requests.keys() == limits.keys() == {"cpu", "memory"}
+        assert all(0 < amount(requests[name]) <= amount(limits[name]) for name in requests)
+        assert amount(limits["memory"]) > 1.5 * memory(servers.running[name].pid)
+
+
+# ---- nothing is lost in a rollout ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_rollout(manifest: Manifest, name: str) -> None:
+    """In a rollout, a drain of a node or a lull there are never fewer pods than needed, and never fewer than two."""
+    deployment = manifest.find("Deployment", name)["spec"]
+    assert "replicas" not in deployment
+    assert deployment["strategy"]["type"] == "RollingUpdate"
+    assert deployment["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert deployment["minReadySeconds"] > 0
+    scaler = manifest.find("HorizontalPodAutoscaler", name)["spec"]
+    assert scaler["minReplicas"] >= 2
+    assert scaler["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 60
+    budget = manifest.find("PodDisruptionBudget", name)["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_spread(manifest: Manifest, name: str) -> None:
+    """Pods of one version spread over zones and hosts, where there are any."""
+    constraints = manifest.pod(name)["spec"]["topologySpreadConstraints"]
+    keys = ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+    assert [item["topologyKey"] for item in constraints] == keys
+    assert all(item["maxSkew"] == 1 and item["whenUnsatisfiable"] == "ScheduleAnyway" for item in constraints)
+
+
+def test_message_service_drain(manifest: Manifest) -> None:
+    """A message service that is ending closes no connection that a gateway might just be using."""
+    drain = float(manifest.find("ConfigMap", "message-service")["data"]["DRAIN_SECONDS"])
+    assert drain > gateway.KEEPALIVE_TIMEOUT + TO_CLOSE
+
+
+def test_load_balancer_times(manifest: Manifest, servers: Servers) -> None:
+    """A load balancer leaves a gateway before that stops listening, and cuts no request and no connection in use."""
+    ingress = manifest.find("Ingress", "service1-ingress")
+    annotations = ingress["metadata"]["annotations"]
+    drain = float(manifest.find("ConfigMap", "gateway")["data"]["DRAIN_SECONDS"])
+    delay = int(attributes(ingress, "target-group")["deregistration_delay.timeout_seconds"])
+    assert float(servers.defaults("gateway")["DOWNSTREAM_TIMEOUT"]) < delay <= drain - ALB_NOTICES
+    idle = int(attributes(ingress, "load-balancer")["idle_timeout.timeout_seconds"])
+    assert idle < server.KEEPALIVE_TIMEOUT
+    interval, timeout = (int(annotations[f"{ALB}healthcheck-{key}-seconds"]) for key in ("interval", "timeout"))
+    assert timeout < interval  # an ALB refuses any other
+    unhealthy = int(annotations[f"{ALB}unhealthy-threshold-count"])
+    assert interval * unhealthy + timeout < drain
+    assert int(annotations[f"{ALB}healthy-threshold-count"]) == 2  # the least that an ALB accepts
+
+
+# ---- who reaches whom ------------------------------------------------------------------------------------------
+
+
+def test_ingress(manifest: Manifest, servers: Servers) -> None:
+    """From outside, the API, its description and the page are reached: no probe and no metrics."""
+    ingress = manifest.find("Ingress", "service1-ingress")
+    assert ingress["spec"]["ingressClassName"] == "alb"
+    (rule,) = ingress["spec"]["rules"]
+    routes = {(path["path"], path["pathType"]) for path in rule["http"]["paths"]}
+    assert routes == {("/api/", "Prefix"), ("/openapi.yaml", "Exact"), ("/", "Exact")}
+    for path in rule["http"]["paths"]:
+        backend = path["backend"]["service"]
+        (port,) = manifest.find("Service", backend["name"])["spec"]["ports"]
+        assert (backend["name"], backend["port"]) == ("gateway", {"name": port["name"]})
+    annotations = ingress["metadata"]["annotations"]
+    assert annotations[f"{ALB}scheme"] == "internet-facing"
+    assert annotations[f"{ALB}target-type"] == "ip"
+    assert json.loads(annotations[f"{ALB}listen-ports"]) == [{"HTTP": 80}]
+    assert annotations[f"{ALB}success-codes"] == "200"
+    assert servers.status("gateway", annotations[f"{ALB}healthcheck-path"]) == 200
+    assert annotations[f"{ALB}healthcheck-path"] not in {path for path, _ in routes}
+    assert attributes(ingress, "load-balancer")["routing.http.drop_invalid_header_fields.enabled"] == "true"
+    balancing = attributes(ingress, "target-group")["load_balancing.algorithm.type"]
+    assert balancing == "least_outstanding_requests"
+
+
+def test_published_paths(manifest: Manifest, servers: Servers) -> None:
+    """What the load balancer lets through is there."""
+    (rule,) = manifest.find("Ingress", "service1-ingress")["spec"]["rules"]
+    paths = [path["path"] for path in rule["http"]["paths"]]
+    statuses = {path: servers.status("gateway", path.replace("/api/", "/api/string")) for path in paths}
+    assert statuses == {"/api/": 503, "/openapi.yaml": 200, "/": 200}
+
+
+def test_network_policies(manifest: Manifest) -> None:
+    """Exactly the architecture's arrows are open.
+
+    A load balancer has a private address like every other; so the gateway, which is public anyway, is open to all of
+    those outside its namespace, and to nobody else.
+    """
+    peers = [
+        Peer("load balancer", "10.0.1.10"),
+        Peer("internet", "198.51.100.7"),
+        Peer("gateway", "10.0.2.1", "messages", manifest.pod("gateway")["metadata"]["labels"]),
+        Peer("message-service", "10.0.2.2", "messages", manifest.pod("message-service")["metadata"]["labels"]),
+        Peer("pod in the namespace", "10.0.2.3", "messages"),
+        Peer("Prometheus", "203.0.113.3", "monitoring"),  # an address that is not private: known by its namespace
+        Peer("pod elsewhere", "10.0.2.5", "default", manifest.pod("gateway")["metadata"]["labels"]),
+        Peer("cluster DNS", "198.51.100.8", "kube-system", {"k8s-app": "kube-dns"}),
+        Peer("pod of the system", "198.51.100.9", "kube-system"),
+        Peer("NodeLocal DNSCache", "169.254.20.10"),
+        Peer("database", "203.0.113.4"),
+    ]
+    web, message, postgres = ("TCP", 8000), ("TCP", 8001), ("TCP", 5432)
+    ports = [web, message, postgres, ("TCP", 80), ("TCP", 443), ("TCP", 53), ("UDP", 53)]
+    home = [peer for peer in peers if peer.namespace == "messages"]
+    expected = {
+        ("load balancer", "gateway", web),
+        ("pod elsewhere", "gateway", web),
+        ("Prometheus", "gateway", web),
+        ("gateway", "message-service", message),
+        ("Prometheus", "message-service", message),
+        *(("message-service", peer.name, postgres) for peer in peers if peer not in home),
+        *(
+            (pod.name, dns, (protocol, 53))
+            for pod in home
+            for dns in ("cluster DNS", "NodeLocal DNSCache")
+            for protocol in ("TCP", "UDP")
+        ),
+    }
+    assert set(arrows(manifest, peers, ports)) == expected
+    deny = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert manifest.find("NetworkPolicy", "default-deny")["spec"] == deny
+    assert manifest.find("ConfigMap", "message-service")["data"]["DB_PORT"] == str(postgres[1])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_restricted(manifest: Manifest, name: str) -> None:
+    """Each container passes each point of the restricted Pod Security Standard, has a read-only root and no token."""
+    pod = manifest.pod(name)["spec"]
+    assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}
+    assert all(volume.keys() <= {"name", "secret", "configMap"} for volume in pod.get("volumes", []))
+    assert pod["automountServiceAccountToken"] is False
+    assert manifest.find("ServiceAccount", name)["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    identity = pod["securityContext"]
+    assert identity["runAsNonRoot"] is True
+    assert identity["runAsUser"] == identity["runAsGroup"] == identity.get("fsGroup", 65532) == 65532
+    assert identity["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert identity.keys() <= {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "seccompProfile"}
+    for container in all_containers(manifest.pod(name)):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert not any("hostPort" in port for port in container.get("ports", []))
+
+
+# ---- the Secret and the database -------------------------------------------------------------------------------
+
+
+def secret(host: str, password: str = "a password") -> Object:
+    """What `kubectl create secret generic database` makes."""
+    metadata = {"name": "database", "namespace": "messages"}
+    return {"kind": "Secret", "metadata": metadata, "stringData": {"DB_HOST": host, "DB_PASSWORD": password}}
+
+
+def test_missing_secret(manifest: Manifest, tmp_path: Path) -> None:
+    """Without the Secret, or one of its keys, an event names what is missing, and no container starts to fail."""
+    pod = manifest.pod("message-service")
+    first, *_ = all_containers(pod)
+    with pytest.raises(NotStarted, match='"database" not found'):
+        configuration(manifest, pod, first, tmp_path)
+    manifest.objects.append(secret("database.example"))
+    for key in ("DB_HOST", "DB_PASSWORD"):
+        broken = manifest.copy()
+        del broken.find("Secret", "database")["stringData"][key]
+        with pytest.raises(NotStarted, match=key):
+            configuration(broken, pod, first, tmp_path)
+
+
+def test_rotation(manifest: Manifest) -> None:
+    """A new password reaches a running pod: as a file of a whole folder, which its group may read."""
+    pod = manifest.pod("message-service")["spec"]
+    for container in all_containers({"spec": pod}):
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert mounts["database"].keys() == {"name", "mountPath", "readOnly"}
+        assert mounts["database"]["readOnly"] is True
+    (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "database")
+    assert volume["secret"]["defaultMode"] == 0o440
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
+
+
+async def test_pods_run(manifest: Manifest, tmp_path: Path, empty_database: Database, start: Start) -> None:
+    """Applied with an empty database without TLS: the table is made, all pods get ready, and the message comes."""
+    use(manifest, empty_database)
+    pod = manifest.pod("message-service")
+    (schema,) = pod["spec"]["initContainers"]
+    settings: dict[str, Any] = {**configuration(manifest, pod, schema, tmp_path)}
+    done = run("-m", *schema["args"], **settings)
+    assert done.returncode == 0, done.stderr
+    container = manifest.container("message-service")
+    service = await start(*container["args"], **configuration(manifest, pod, container, tmp_path))
+    container = manifest.container("gateway")
+    settings = configuration(manifest, manifest.pod("gateway"), container, tmp_path) | {"DOWNSTREAM_URL": service.url}
+    front = await start(*container["args"], **settings)
+    for name, running in (("message-service", service), ("gateway", front)):
+        for probe in PROBES:
+            path = manifest.container(name)[probe]["httpGet"]["path"]
+            assert (await get(running.url + path)).status == 200
+    assert (await get(front.url + "/api/string")).json()["result"].startswith("Hello from PostgreSQL!")
+    for running in (service, front):
+        running.kill()  # it would drain for long
+
+
+async def test_database_ca(manifest: Manifest, tmp_path: Path, database: Database, start: Start) -> None:
+    """With the ConfigMap `database-ca` the message service insists on TLS: a database without it is not used."""
+    use(manifest, database)
+    pod, container = manifest.pod("message-service"), manifest.container("message-service")
+    data = {"ca.pem": "", "DB_SSLMODE": "verify-full", "DB_SSLROOTCERT": "/etc/database-ca/ca.pem"}
+    metadata = {"name": "database-ca", "namespace": "messages"}
+    manifest.objects.append({"kind": "ConfigMap", "metadata": metadata, "data": data})
+    settings = configuration(manifest, pod, container, tmp_path)
+    service = await start(*container["args"], **settings)
+    assert (await get(service.url + container["readinessProbe"]["httpGet"]["path"])).status == 503
+    service.kill()
+
+
+def use(manifest: Manifest, database: Database) -> None:
+    """What an operator does for a database: make the Secret, and adapt the ConfigMap where it differs."""
+    settings = {name: str(value) for name, value in database.settings().items()}
+    manifest.objects.append(secret(settings.pop("DB_HOST"), settings.pop("DB_PASSWORD", "")))
+    manifest.find("ConfigMap", "message-service")["data"].update(settings)
+
+
+# ---- and each of these tests can fail --------------------------------------------------------------------------
+
+GONE: Any = object()
+POD = "spec template spec"
+MAIN = f"{POD} containers 0"
+INIT = f"{POD} initContainers 0"
+ANNOTATION = f"metadata annotations {ALB}"
+LABELS = {"app.kubernetes.io/name": "somebody-else"}
+
+FAULTS: list[tuple[Callable[..., None], str, str, Any]] = [
+    (test_order, "Namespace/messages", "metadata labels pod-security.kubernetes.io/enforce", "baseline"),
+    (test_order, "Namespace/messages", "metadata labels elbv2.k8s.aws/pod-readiness-gate-inject", GONE),
+    (test_order, "Service/gateway", "metadata namespace", "default"),
+    (test_order, "Ingress/service1-ingress", "kind", "Deployment"),
+    (test_selectors, "Service/gateway", "spec selector", LABELS),
+    (test_selectors, "Service/gateway", "spec selector", {"app.kubernetes.io/part-of": "messages"}),
+    (test_selectors, "NetworkPolicy/gateway", "spec podSelector matchLabels", LABELS),
+    (test_selectors, "PodDisruptionBudget/gateway", "spec selector matchLabels", LABELS),
+    (test_selectors, "Deployment/gateway", "spec template metadata labels", LABELS),
+    (test_selectors, "Deployment/gateway", f"{POD} topologySpreadConstraints 0 labelSelector matchLabels", LABELS),
+    (test_selectors, "HorizontalPodAutoscaler/gateway", "spec scaleTargetRef name", "message-service"),
+    (test_selectors, "Deployment/gateway", f"{POD} serviceAccountName", "default"),
+    (test_ports, "Service/gateway", "spec ports 0 targetPort", "web"),
+    (test_ports, "Service/gateway", "spec ports 0 port", 80),
+    (test_ports, "Deployment/gateway", f"{MAIN} ports 0 containerPort", 8080),
+    (test_downstream_url, "Service/message-service", "metadata name", "messages"),
+    (test_downstream_url, "ConfigMap/gateway", "data DOWNSTREAM_URL", "http://message-service:80"),
+    (test_image, "Deployment/gateway", f"{MAIN} image", "messages:latest"),
+    (test_image, "Deployment/message-service", f"{INIT} image", "messages:0.0.1"),
+    (test_image, "Deployment/gateway", f"{MAIN} imagePullPolicy", "Always"),
+    (test_image, "Deployment/gateway", f"{MAIN} args 0", "message_service"),
+    (test_probes, "Deployment/gateway", f"{MAIN} readinessProbe httpGet path", "/ready"),
+    (test_probes, "Deployment/message-service", f"{MAIN} livenessProbe httpGet path", "/readyz"),
+    (test_probes, "Deployment/message-service", f"{MAIN} startupProbe httpGet path", "/readyz"),
+    (test_probes, "Deployment/message-service", f"{MAIN} readinessProbe httpGet path", "/healthz"),
+    (test_probes, "Deployment/message-service", f"{MAIN} readinessProbe timeoutSeconds", 1),
+    (test_probes, "Deployment/gateway", f"{MAIN} livenessProbe httpGet port", "web"),
+    (test_probes, "Deployment/gateway", f"{MAIN} startupProbe failureThreshold", 3),
+    (test_metrics, "Deployment/gateway", "spec template metadata annotations prometheus.io/port", "8001"),
+    (test_metrics, "Deployment/gateway", "spec template metadata annotations prometheus.io/path", "/metric"),
+    (test_settings, "ConfigMap/gateway", "data DOWNSTREAM", "http://message-service:8001"),
+    (test_settings, "ConfigMap/gateway", "data DOWNSTREAM_URL", GONE),
+    (test_settings, "ConfigMap/message-service", "data DB_DATABASE", "mydb"),
+    (test_settings, "ConfigMap/message-service", "data DB_PASSWORD_FILE", GONE),
+    (test_settings, "ConfigMap/message-service", "data DB_PASSWORD", "a password"),
+    (test_settings, "Deployment/message-service", f"{MAIN} env 0", GONE),
+    (test_grace_period, "Deployment/gateway", f"{POD} terminationGracePeriodSeconds", 30),
+    (test_grace_period, "ConfigMap/gateway", "data DRAIN_SECONDS", "60"),
+    (test_grace_period, "ConfigMap/message-service", "data SHUTDOWN_SECONDS", "60"),
+    (test_grace_period, "Deployment/gateway", f"{MAIN} lifecycle", {"preStop": {"sleep": {"seconds": 10}}}),
+    (test_resources, "Deployment/gateway", f"{MAIN} resources limits memory", "32Mi"),
+    (test_resources, "Deployment/gateway", f"{MAIN} resources requests memory", "512Mi"),
+    (test_resources, "Deployment/gateway", f"{MAIN} resources requests cpu", GONE),
+    (test_rollout, "Deployment/gateway", "spec replicas", 2),
+    (test_rollout, "Deployment/gateway", "spec strategy type", "Recreate"),
+    (test_rollout, "Deployment/gateway", "spec strategy rollingUpdate maxUnavailable", "25%"),
+    (test_rollout, "Deployment/gateway", "spec minReadySeconds", 0),
+    (test_rollout, "HorizontalPodAutoscaler/gateway", "spec minReplicas", 1),
+    (test_rollout, "HorizontalPodAutoscaler/gateway", "spec behavior scaleDown stabilizationWindowSeconds", 0),
+    (test_rollout, "PodDisruptionBudget/gateway", "spec maxUnavailable", 0),
+    (test_rollout, "PodDisruptionBudget/gateway", "spec unhealthyPodEvictionPolicy", "IfHealthyBudget"),
+    (test_spread, "Deployment/gateway", f"{POD} topologySpreadConstraints 0", GONE),
+    (test_spread, "Deployment/gateway", f"{POD} topologySpreadConstraints 1 whenUnsatisfiable", "DoNotSchedule"),
+    (test_message_service_drain, "ConfigMap/message-service", "data DRAIN_SECONDS", "15"),
+    (test_load_balancer_times, "ConfigMap/gateway", "data DRAIN_SECONDS", "20"),
+    (
+        test_load_balancer_times,
+        "Ingress/service1-ingress",
+        f"{ANNOTATION}target-group-attributes",
+        "deregistration_delay.timeout_seconds=300",
+    ),
+    (
+        test_load_balancer_times,
+        "Ingress/service1-ingress",
+        f"{ANNOTATION}load-balancer-attributes",
+        "idle_timeout.timeout_seconds=90",
+    ),
+    (test_load_balancer_times, "Ingress/service1-ingress", f"{ANNOTATION}healthcheck-interval-seconds", "15"),
+    (test_load_balancer_times, "Ingress/service1-ingress", f"{ANNOTATION}healthcheck-timeout-seconds", "5"),
+    (test_load_balancer_times, "Ingress/service1-ingress", f"{ANNOTATION}unhealthy-threshold-count", "10"),
+    (test_ingress, "Ingress/service1-ingress", "spec ingressClassName", "nginx"),
+    (test_ingress, "Ingress/service1-ingress", "spec rules 0 http paths 2 pathType", "Prefix"),
+    (test_ingress, "Ingress/service1-ingress", "spec rules 0 http paths 1 path", "/metrics"),
+    (test_ingress, "Ingress/service1-ingress", "spec rules 0 http paths 0 backend service name", "message-service"),
+    (test_ingress, "Ingress/service1-ingress", "spec rules 0 http paths 0 backend service port name", "web"),
+    (test_ingress, "Ingress/service1-ingress", f"{ANNOTATION}target-type", "instance"),
+    (test_ingress, "Ingress/service1-ingress", f"{ANNOTATION}scheme", "internal"),
+    (test_ingress, "Ingress/service1-ingress", f"{ANNOTATION}healthcheck-path", "/status"),
+    (test_published_paths, "Ingress/service1-ingress", "spec rules 0 http paths 1 path", "/openapi.json"),
+    (test_network_policies, "NetworkPolicy/default-deny", "spec policyTypes", ["Ingress"]),
+    (test_network_policies, "NetworkPolicy/default-deny", "spec policyTypes", ["Egress"]),
+    (test_network_policies, "NetworkPolicy/default-deny", "spec podSelector matchLabels", LABELS),
+    (test_network_policies, "NetworkPolicy/dns", "spec egress 0 ports 1", GONE),
+    (test_network_policies, "NetworkPolicy/dns", "spec egress 0 to 1", GONE),
+    (test_network_policies, "NetworkPolicy/dns", "spec egress 0 to 0 podSelector", GONE),
+    (test_network_policies, "NetworkPolicy/dns", "spec egress 0 to", GONE),
+    (test_network_policies, "NetworkPolicy/gateway", "spec ingress 0 from 0", GONE),
+    (test_network_policies, "NetworkPolicy/gateway", "spec ingress 0 from 0 ipBlock cidr", "0.0.0.0/0"),
+    (test_network_policies, "NetworkPolicy/gateway", "spec ingress 0 ports", GONE),
+    (test_network_policies, "NetworkPolicy/gateway", "spec ingress 1", GONE),
+    (test_network_policies, "NetworkPolicy/gateway", "spec egress 0 to", GONE),
+    (test_network_policies, "NetworkPolicy/gateway", "spec egress 0 ports 0 port", 8000),
+    (test_network_policies, "NetworkPolicy/message-service", "spec ingress 0 from 0", GONE),
+    (test_network_policies, "NetworkPolicy/message-service", "spec ingress 0 from 0 namespaceSelector", {}),
+    (test_network_policies, "NetworkPolicy/message-service", "spec ingress 0 from 1", GONE),
+    (test_network_policies, "NetworkPolicy/message-service", "spec ingress 0 from 1 namespaceSelector", {}),
+    (test_network_policies, "NetworkPolicy/message-service", "spec egress 0 ports", GONE),
+    (test_network_policies, "ConfigMap/message-service", "data DB_PORT", "6432"),
+    (test_restricted, "Deployment/gateway", f"{POD} hostNetwork", True),
+    (test_restricted, "Deployment/gateway", f"{POD} volumes", [{"name": "root", "hostPath": {"path": "/"}}]),
+    (test_restricted, "Deployment/gateway", f"{POD} automountServiceAccountToken", True),
+    (test_restricted, "ServiceAccount/gateway", "automountServiceAccountToken", GONE),
+    (test_restricted, "Deployment/gateway", f"{POD} enableServiceLinks", GONE),
+    (test_restricted, "Deployment/gateway", f"{POD} securityContext runAsNonRoot", False),
+    (test_restricted, "Deployment/gateway", f"{POD} securityContext runAsUser", 0),
+    (test_restricted, "Deployment/gateway", f"{POD} securityContext seccompProfile type", "Unconfined"),
+    (test_restricted, "Deployment/gateway", f"{MAIN} securityContext allowPrivilegeEscalation", GONE),
+    (test_restricted, "Deployment/gateway", f"{MAIN} securityContext readOnlyRootFilesystem", False),
+    (test_restricted, "Deployment/gateway", f"{MAIN} securityContext capabilities add", ["NET_RAW"]),
+    (test_restricted, "Deployment/gateway", f"{MAIN} securityContext privileged", True),
+    (test_restricted, "Deployment/message-service", f"{INIT} securityContext", {}),
+    (test_restricted, "Deployment/gateway", f"{MAIN} ports 0 hostPort", 80),
+    (test_missing_secret, "Deployment/message-service", f"{POD} volumes 0 secret optional", True),
+    (test_missing_secret, "Deployment/message-service", f"{POD} volumes 0 secret items", []),
+    (test_missing_secret, "Deployment/message-service", f"{INIT} env 0 valueFrom secretKeyRef optional", True),
+    (test_rotation, "Deployment/message-service", f"{MAIN} volumeMounts 0 subPath", "DB_PASSWORD"),
+    (test_rotation, "Deployment/message-service", f"{POD} volumes 0 secret defaultMode", 0o400),
+    (test_rotation, "Deployment/message-service", f"{POD} securityContext fsGroup", 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "item", "path", "value"), FAULTS, ids=[" ".join((f[0].__name__, *f[1:3])) for f in FAULTS]
+)
+def test_a_fault_is_seen(
+    manifest: Manifest,
+    servers: Servers,
+    tmp_path: Path,
+    test: Callable[..., None],
+    item: str,
+    path: str,
+    value: Any,
+) -> None:
+    """Whoever breaks the file is told so."""
+    *way, last = path.split()
+    target: Any = manifest.find(*item.split("/"))
+    for step in way:
+        target = target[int(step)] if isinstance(target, list) else target.setdefault(step, {})
+    key = int(last) if isinstance(target, list) else last
+    if value is GONE:
+        del target[key]
+    else:
+        assert isinstance(target, list) or target.get(key) != value
+        target[key] = value
+    name = "message-service" if "message-service" in item else "gateway"
+    fixtures = {"manifest": manifest, "servers": servers, "tmp_path": tmp_path, "name": name}
+    wanted = inspect.signature(test).parameters
+    with pytest.raises((AssertionError, LookupError, pytest.fail.Exception)):
+        test(**{parameter: fixtures[parameter] for parameter in wanted})
