@@ -9,35 +9,41 @@ import json
 from collections.abc import Mapping
 from http import HTTPStatus
 
+_STATUS_LINES = {status: f"HTTP/1.1 {status} {status.phrase}\r\n" for status in HTTPStatus}
+
 NO_MESSAGE = "urn:problem-type:messages:no-message"
 
 
 class Answer:
     """Status, header fields and body, as the bytes that are sent."""
 
-    __slots__ = ("body", "etag", "head", "not_modified_head", "status")
+    __slots__ = ("_shared", "body", "etag", "head", "status")
 
-    def __init__(self, status: int, content_type: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: HTTPStatus, content_type: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.status = status
         self.body = body
         self.etag = ""
-        fields = {"Cache-Control": "no-store"}
+        shared = "Cache-Control: no-store\r\n"
         if status == HTTPStatus.OK:
             self.etag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
-            fields = {"Cache-Control": "no-cache", "ETag": self.etag}
-        fields.update(headers or {})
-        self.not_modified_head = _head(HTTPStatus.NOT_MODIFIED, fields)
-        self.head = _head(status, fields | {"Content-Type": content_type, "Content-Length": str(len(body))})
+            shared = f"Cache-Control: no-cache\r\nETag: {self.etag}\r\n"
+        for name, value in (headers or {}).items():
+            shared += f"{name}: {value}\r\n"
+        self._shared = shared
+        own = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        self.head = (_STATUS_LINES[status] + shared + own).encode("latin-1")
+
+    @property
+    def not_modified_head(self) -> bytes:
+        """What a client gets that has the body already (RFC 9110, 15.4.5)."""
+        return (_STATUS_LINES[HTTPStatus.NOT_MODIFIED] + self._shared).encode("latin-1")
 
     def is_known(self, if_none_match: str) -> bool:
         """Whether the client has it already: RFC 9110, 13.1.2, the weak comparison against a list or `*`."""
         tags = (tag.strip().removeprefix("W/") for tag in if_none_match.split(","))
         return bool(self.etag) and (if_none_match.strip() == "*" or self.etag in tags)
-
-
-def _head(status: int, fields: Mapping[str, str]) -> bytes:
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {fields[name]}" for name in fields)]
-    return "".join(line + "\r\n" for line in lines).encode("latin-1")
 
 
 def json_answer(name: str, content: str, headers: Mapping[str, str]) -> Answer:

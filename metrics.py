@@ -7,6 +7,7 @@ what a client sends; what can be read when Prometheus asks is not counted at eac
 import asyncio
 import platform
 from collections.abc import Callable
+from http import HTTPStatus
 
 import prometheus_client
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, Info, generate_latest
@@ -88,4 +89,4 @@ async def watch_event_loop() -> None:
 
 
 async def answer() -> Answer:
-    return Answer(200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))
+    return Answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))

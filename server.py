@@ -237,7 +237,7 @@ class _Response(web.StreamResponse):
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
         transport.write(self._data)
-        if transport.get_write_buffer_size():
+        if request.protocol.writing_paused:
             try:
                 async with asyncio.timeout(SEND_TIMEOUT):
                     await request.writer.drain()
@@ -351,7 +351,9 @@ def main(
     description: str,
     declaration: type[CommonSettings],
     start: Start,
+    *,
     actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> NoReturn:
     """Run a server, or one of `actions` (option: what to do with the settings, its help)."""
     parser = argparse.ArgumentParser(
@@ -377,8 +379,8 @@ def main(
         where = "" if action else f"cannot listen on {options.host or 'any address'}, port {options.port}: "
         _exit(name, 1, where + " ".join(str(error).split()))
     logs.configure(name, options.log_level, options.log_format)
-    with listener:
-        asyncio.run(serve(start, options, listener))
+    with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(serve(start, options, listener))
     logging.shutdown()
     sys.exit(0)
 
