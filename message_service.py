@@ -207,6 +207,7 @@ class Database:
         for slot in self._slots:
             await slot.open()
         metrics.read_connections(
+            most=len(self._slots),
             idle=lambda: sum(slot.connected for slot in self._slots), used=lambda: len(self._slots) - len(self._idle)
         )
         return self

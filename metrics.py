@@ -33,6 +33,7 @@ _BATCHES = Histogram(
 )
 _DEPENDENCY_ERRORS = Counter("dependency_errors", "Calls of what is behind this server that failed", ("error_type",))
 _CONNECTIONS = Gauge("db_client_connection_count", "Connections to the database", ("db_client_connection_state",))
+_CONNECTIONS_MAX = Gauge("db_client_connection_max", "Connections to the database that there can be")
 _CONNECT_FAILURES = Counter("db_client_connect_failures", "Connections to the database that could not be made")
 _LAG = Histogram("event_loop_lag_seconds", "How much later than due the event loop runs a timer", buckets=_SECONDS)
 _BUILD = Info("messages_build", "Version of this server, and of Python")
@@ -70,7 +71,8 @@ def read_active_requests(read: Callable[[], float]) -> None:
     _ACTIVE.set_function(read)
 
 
-def read_connections(idle: Callable[[], float], used: Callable[[], float]) -> None:
+def read_connections(most: int, idle: Callable[[], float], used: Callable[[], float]) -> None:
+    _CONNECTIONS_MAX.set(most)
     _CONNECTIONS.labels("idle").set_function(idle)
     _CONNECTIONS.labels("used").set_function(used)
 
