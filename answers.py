@@ -11,6 +11,8 @@ from http import HTTPStatus
 
 _STATUS_LINES = {status: f"HTTP/1.1 {status} {status.phrase}\r\n" for status in HTTPStatus}
 
+MESSAGE_SERVICE = "message_service"
+DATABASE = "database"
 NO_MESSAGE = "urn:problem-type:messages:no-message"
 
 
@@ -55,8 +57,9 @@ def json_answer(name: str, content: str, headers: Mapping[str, str]) -> Answer:
 class Problem(Exception):
     """An error as a client sees it, and as the log tells it.
 
-    `detail` is public; `cause` and `downstream_request_id` are for the log only. `kind` is the last part of the
-    problem's type; without it the status says all.
+    `detail` and `part` are public; `cause` and `downstream_request_id` are for the log only. `kind` is the last part
+    of the problem's type; without it the status says all. `part` is which part of the system behind this server
+    failed, `MESSAGE_SERVICE` or `DATABASE`, for programs, which are not to read it out of `detail` (RFC 9457, 3.1.4).
     """
 
     def __init__(
@@ -66,13 +69,16 @@ class Problem(Exception):
         *,
         kind: str | None = None,
         headers: Mapping[str, str] | None = None,
+        part: str | None = None,
         cause: str | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
+        self.kind = kind or "other"
         self.type = f"urn:problem-type:messages:{kind}" if kind else "about:blank"
         self.headers = headers or {}
+        self.part = part
         self.cause = cause
         self.downstream_request_id: str | None = None
 
@@ -83,6 +89,7 @@ class Problem(Exception):
             "status": self.status,
             "detail": self.detail,
             "request_id": request_id,
+            **({"part": self.part} if self.part else {}),
         }
         return Answer(self.status, "application/problem+json", json.dumps(members).encode(), self.headers)
 
@@ -91,13 +98,13 @@ def no_message() -> Problem:
     return Problem(HTTPStatus.NOT_FOUND, "There is no message at the moment.", kind="no-message")
 
 
-def unavailable(detail: str, cause: str) -> Problem:
+def unavailable(part: str, detail: str, cause: str) -> Problem:
     headers = {"Retry-After": "1"}
-    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="unavailable", headers=headers, cause=cause)
+    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="unavailable", headers=headers, part=part, cause=cause)
 
 
-def timed_out(detail: str, cause: str) -> Problem:
-    return Problem(HTTPStatus.GATEWAY_TIMEOUT, detail, kind="timeout", cause=cause)
+def timed_out(part: str, detail: str, cause: str) -> Problem:
+    return Problem(HTTPStatus.GATEWAY_TIMEOUT, detail, kind="timeout", part=part, cause=cause)
 
 
 def not_ready(detail: str, cause: str | None = None) -> Problem:

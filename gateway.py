@@ -38,7 +38,7 @@ import logs
 import metrics
 import server
 import settings
-from answers import NO_MESSAGE, Answer, Problem
+from answers import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Answer, Problem
 from coalescing import Coalescer, RunTimeoutError
 from server import REQUEST, REQUEST_ID, Route
 from settings import setting
@@ -83,7 +83,7 @@ class MessageService:
             problem = to_problem(error)
             if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 self._outage.failed()
-                metrics.count_dependency_error(problem.type)
+                metrics.count_dependency_error(problem.kind)
             problem.downstream_request_id = request[REQUEST_ID]
             raise problem from error
         self._outage.succeeded()
@@ -133,9 +133,11 @@ def read_content(status: int, media_type: str, body: bytes) -> str:
             if status == HTTPStatus.NOT_FOUND and members["type"] == NO_MESSAGE:
                 raise answers.no_message()
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                raise answers.unavailable("The message service has no database.", f"it said {members['detail']}")
+                cause = f"it said {members['detail']}"
+                raise answers.unavailable(DATABASE, "The message service has no database.", cause)
             if status == HTTPStatus.GATEWAY_TIMEOUT:
-                raise answers.timed_out("The database did not answer in time.", f"it said {members['detail']}")
+                cause = f"it said {members['detail']}"
+                raise answers.timed_out(DATABASE, "The database did not answer in time.", cause)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {error!r}") from error
     raise bad_answer(f"status {status}, {media_type or 'no readable type'}")
@@ -147,7 +149,7 @@ def to_problem(error: Exception) -> Problem:
         return error
     if isinstance(error, ClientResponseError):  # what it sent is no HTTP
         return bad_answer(repr(error))
-    return answers.unavailable("The message service can not be reached.", repr(error))
+    return answers.unavailable(MESSAGE_SERVICE, "The message service can not be reached.", repr(error))
 
 
 def bad_answer(cause: str) -> Problem:
@@ -155,6 +157,7 @@ def bad_answer(cause: str) -> Problem:
         HTTPStatus.BAD_GATEWAY,
         "The message service sent an answer that makes no sense.",
         kind="bad-downstream",
+        part=MESSAGE_SERVICE,
         cause=cause,
     )
 
@@ -214,7 +217,8 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
             try:
                 return await ask()
             except RunTimeoutError as error:
-                problem = answers.timed_out("The message service did not answer in time.", "no answer")
+                detail = "The message service did not answer in time."
+                problem = answers.timed_out(MESSAGE_SERVICE, detail, "no answer")
                 problem.downstream_request_id = error.context[REQUEST][REQUEST_ID]
                 raise problem from error
 

@@ -27,7 +27,7 @@ import logs
 import metrics
 import server
 import settings
-from answers import Answer, Problem
+from answers import DATABASE, Answer, Problem
 from coalescing import Coalescer, RunTimeoutError
 from server import Route
 from settings import setting
@@ -208,7 +208,8 @@ class Database:
             await slot.open()
         metrics.read_connections(
             most=len(self._slots),
-            idle=lambda: sum(slot.connected for slot in self._slots), used=lambda: len(self._slots) - len(self._idle)
+            idle=lambda: sum(slot.connected for slot in self._slots),
+            used=lambda: len(self._slots) - len(self._idle),
         )
         return self
 
@@ -243,7 +244,7 @@ class Database:
     def failed(self, problem: Problem) -> Problem:
         """Remember a failure of the database, and return it."""
         self._outage.failed()
-        metrics.count_dependency_error(problem.type)
+        metrics.count_dependency_error(problem.kind)
         self.answered_at = asyncio.get_running_loop().time()
         self.failure = problem
         return problem
@@ -254,7 +255,7 @@ def content_of(row: tuple[object] | None) -> str:
     if row is None:
         raise answers.no_message()
     if not isinstance(row[0], str):
-        raise answers.unavailable("The database holds no text.", f"content is a {type(row[0]).__name__}")
+        raise answers.unavailable(DATABASE, "The database holds no text.", f"content is a {type(row[0]).__name__}")
     return row[0]
 
 
@@ -262,8 +263,8 @@ def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, TimeoutError):
-        return answers.timed_out("The database did not answer in time.", cause)
-    return answers.unavailable("The database is not available.", cause)
+        return answers.timed_out(DATABASE, "The database did not answer in time.", cause)
+    return answers.unavailable(DATABASE, "The database is not available.", cause)
 
 
 def _ignore_cancelled_queries(loop: asyncio.AbstractEventLoop) -> None:

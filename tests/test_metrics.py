@@ -1,0 +1,111 @@
+"""What Prometheus reads at /metrics of both servers, and the alerts that are made of it."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import Start, System
+from kit import ROOT
+from kit.client import get
+from kit.postgres import Database
+from prometheus_client.parser import text_string_to_metric_families
+
+
+async def scrape(url: str) -> dict[str, float]:
+    """The samples of a server, by name and labels as they stand in the text."""
+    answer = await get(url + "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=")
+    return {
+        sample.name + "".join(f" {name}={value}" for name, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+async def fresh(start: Start, database: Database) -> System:
+    """A system whose counts are the test's own."""
+    service = await start("message_service", **database.settings())
+    return System(await start("gateway", DOWNSTREAM_URL=service.url), service, database)
+
+
+REQUESTS = (
+    "http_server_request_duration_seconds_count http_request_method={} http_response_status_code={} http_route={}"
+)
+
+
+async def test_requests_are_counted_by_method_route_and_status(fresh: System) -> None:
+    """Each kind of request has its own count; what a client makes up is no label."""
+    url = fresh.gateway.url
+    etag = (await get(url + "/api/string")).headers["ETag"]
+    await get(url + "/api/string", "HEAD")
+    await get(url + "/api/string", headers={"If-None-Match": etag})
+    await get(url + "/api/string", "POST")
+    await get(url + "/made-up")
+    samples = await scrape(url)
+    assert samples[REQUESTS.format("GET", 200, "/api/string")] == 1
+    assert samples[REQUESTS.format("HEAD", 200, "/api/string")] == 1
+    assert samples[REQUESTS.format("GET", 304, "/api/string")] == 1
+    assert samples[REQUESTS.format("_OTHER", 405, "/api/string")] == 1
+    assert samples[REQUESTS.format("GET", 404, "unmatched")] == 1
+    assert not [name for name in samples if "made-up" in name]
+    assert samples["http_server_active_requests"] == 1  # the one that asks
+
+
+async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
+    """Runs by outcome, callers that shared them, and the connections that are open."""
+    for _ in range(3):
+        await get(fresh.gateway.url + "/api/string")
+    samples = await scrape(fresh.gateway.url)
+    assert samples["coalescing_runs_total outcome=answered"] == 3
+    assert samples["coalescing_batch_size_callers_sum"] == 3
+    samples = await scrape(fresh.service.url)
+    assert samples["coalescing_runs_total outcome=answered"] == 3
+    assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
+    assert samples["db_client_connection_count db_client_connection_state=used"] == 0
+    assert samples["db_client_connection_max"] == 4
+
+
+async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> None:
+    """A database that refuses connections shows at the message service, and that one's answer at the gateway."""
+    service = await start("message_service", DB_HOST="127.0.0.1", DB_PORT=1)
+    gateway = await start("gateway", DOWNSTREAM_URL=service.url)
+    assert (await get(gateway.url + "/api/string")).status == 503
+    samples = await scrape(service.url)
+    assert samples["db_client_connect_failures_total"] == 1
+    assert samples["dependency_errors_total error_type=unavailable"] == 1
+    assert samples["coalescing_runs_total outcome=failed"] == 1
+    assert (await scrape(gateway.url))["dependency_errors_total error_type=unavailable"] == 1
+
+
+async def test_each_metric_has_help_and_a_unit(system: System) -> None:
+    """Names end in their unit, as Prometheus and OpenTelemetry ask, and each says what it is."""
+    for server in (system.gateway, system.service):
+        text = (await get(server.url + "/metrics")).body.decode()
+        names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+        assert {"process_cpu_seconds_total", "event_loop_lag_seconds", "messages_build_info"} < set(names)
+        own = [name for name in names if not name.startswith(("process_", "python_"))]
+        units = ("_seconds", "_total", "_callers", "_info", "_requests", "_count", "_max")
+        assert [name for name in own if not name.endswith(units)] == []
+        assert re.findall(r"^# HELP (\S+) *$", text, re.MULTILINE) == []
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)")
+def test_alerts() -> None:
+    """Each alert calls when its fault is there, and none when all is well."""
+    command = ["promtool", "test", "rules", "alerts_test.yaml"]
+    tried = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+
+
+async def test_alerts_and_readme_use_metrics_that_are_there(system: System) -> None:
+    """Every metric that alerts.yaml or the README names is one that a server has."""
+    await get(system.gateway.url + "/api/string")
+    there = set(await scrape(system.gateway.url)) | set(await scrape(system.service.url))
+    names = {name.split()[0] for name in there}
+    pattern = r"\b(?:http_server|coalescing|dependency|db_client|event_loop|process|messages_build)_[a-z_]+[a-z]"
+    for file in ("alerts.yaml", "README.md"):
+        used = set(re.findall(pattern, (ROOT / file).read_text()))
+        labels = {label for name in there for label in re.findall(r" ([a-z_]+)=", name)}
+        assert used - names - labels - {"dependency_errors_total"} == set()
