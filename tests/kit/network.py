@@ -198,23 +198,27 @@ def unanswered_port() -> Any:
 class NameServer(asyncio.DatagramProtocol):
     """A DNS server (RFC 1035) on port 53 of a loopback address: `names` maps names to IPv4 addresses.
 
-    It answers after `delay` seconds; a name that it does not know does not exist.
+    It answers while `answering` is set, late what was asked before; a name that it does not know does not exist.
     """
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
-        self.delay = 0.0
+        self.answering = asyncio.Event()
+        self.answering.set()
         self.questions: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: Any) -> None:
         """Keep the way back."""
         self.transport = transport
 
     def datagram_received(self, data: bytes, address: Any) -> None:
-        """Answer later."""
-        asyncio.get_running_loop().call_later(self.delay, self._answer, data, address)
+        """Answer, now or later."""
+        task = asyncio.create_task(self._answer(data, address))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _answer(self, query: bytes, address: Any) -> None:
+    async def _answer(self, query: bytes, address: Any) -> None:
         end = query.index(0, 12)
         labels, position = [], 12
         while position < end:
@@ -223,6 +227,7 @@ class NameServer(asyncio.DatagramProtocol):
             position += 1 + length
         name, kind = ".".join(labels), query[end + 1 : end + 3]
         self.questions.append(name)
+        await self.answering.wait()
         known = self.names.get(name)
         answers = b""
         if known and kind == b"\0\x01":  # A; every other kind has no record
@@ -239,4 +244,5 @@ async def name_server(address: str) -> AsyncIterator[NameServer]:
     try:
         yield server
     finally:
+        server.answering.set()
         transport.close()

@@ -1,0 +1,111 @@
+"""Host names: looking one up never holds up the event loop, and a changed address is found at once.
+
+Each server gets a /etc/resolv.conf of its own, in a mount namespace, that points to a name server of the test.
+"""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from conftest import MakePeer, MakeProxy, Start
+from kit import eventually
+from kit.client import get
+from kit.network import NameServer, name_server, response
+from kit.postgres import Database
+
+
+class Names:
+    """A name server, and the command that starts a server which asks it."""
+
+    def __init__(self, server: NameServer, wrapper: list[str]):
+        self.server, self.wrapper = server, wrapper
+
+
+@pytest.fixture
+async def names(tmp_path: Path) -> AsyncIterator[Names]:
+    """Names as the test wants them; skips where the test may not change them."""
+    address = f"127.53.{os.getpid() % 256}.{os.getpid() // 256 % 254 + 1}"  # port 53 is fixed, so not the address
+    resolv_conf = tmp_path / "resolv.conf"
+    resolv_conf.write_text(f"nameserver {address}\noptions timeout:5 attempts:1\n")
+    mount = ["sh", "-c", 'mount --bind "$0" /etc/resolv.conf && exec "$@"', str(resolv_conf)]
+    wrapper = ["unshare", "--mount", *mount]
+    try:
+        await asyncio.to_thread(subprocess.run, [*wrapper, "true"], capture_output=True, check=True)
+        async with name_server(address) as server:
+            yield Names(server, wrapper)
+    except (subprocess.CalledProcessError, PermissionError, FileNotFoundError):
+        pytest.skip("needs root's right to mount a file and to use port 53")
+
+
+@pytest.mark.parametrize("name", ["gateway", "message_service"])
+async def test_a_slow_name_holds_up_nobody(
+    names: Names, start: Start, make_peer: MakePeer, database: Database, name: str
+) -> None:
+    """While a name is being looked up, probes are answered at once; then the request is answered well."""
+    peer = await make_peer(response('{"message": "ok"}'))
+    names.server.names["slow.test"] = "127.0.0.1"
+    names.server.answering.clear()
+    settings = database.settings(DB_HOST="slow.test") if name == "message_service" else {}
+    settings |= {"DOWNSTREAM_URL": f"http://slow.test:{peer.port}", "DB_TIMEOUT": 10, "DOWNSTREAM_TIMEOUT": 10}
+    server = await start(name, wrapper=names.wrapper, **settings)
+    path = {"gateway": "/api/string", "message_service": "/api/message"}[name]
+    waiting = asyncio.create_task(get(server.url + path))
+    await eventually(lambda: names.server.questions)
+    for _ in range(5):
+        assert (await get(server.url + "/healthz", within=0.5)).status == 200
+    assert not waiting.done()
+    names.server.answering.set()
+    assert (await waiting).status == 200
+
+
+@pytest.mark.parametrize("name", ["gateway", "message_service"])
+async def test_a_name_server_that_is_gone_is_a_clear_answer(names: Names, start: Start, name: str) -> None:
+    """In time, for however many ask; and it holds up neither the probes nor the end."""
+    names.server.answering.clear()
+    limits = {"DB_TIMEOUT": 0.5, "DOWNSTREAM_TIMEOUT": 0.5}
+    settings = {"DB_HOST": "gone.test", "DOWNSTREAM_URL": "http://gone.test", **limits}
+    server = await start(name, wrapper=names.wrapper, **settings)
+    path = {"gateway": "/api/string", "message_service": "/api/message"}[name]
+    for _ in range(3):
+        answers = await asyncio.gather(*(get(server.url + path, within=1.5) for _ in range(20)))
+        assert {answer.status for answer in answers} == {504}
+        assert (await get(server.url + "/healthz", within=0.5)).status == 200
+    server.terminate()
+    assert await server.exit_status(within=1) == 0
+
+
+async def test_a_database_that_moved_is_found(
+    names: Names, start: Start, make_proxy: MakeProxy, database: Database
+) -> None:
+    """After a failover to another address, the next request after the name has changed succeeds."""
+    old = await make_proxy(database.port, "127.0.0.2")
+    await make_proxy(database.port, "127.0.0.3", old.port)
+    names.server.names["db.test"] = "127.0.0.2"
+    settings = database.settings(DB_HOST="db.test", DB_PORT=old.port)
+    service = await start("message_service", wrapper=names.wrapper, **settings)
+    assert (await get(service.url + "/api/message")).status == 200
+    old.refuse()
+    old.cut()
+    assert (await get(service.url + "/api/message")).status == 503
+    names.server.names["db.test"] = "127.0.0.3"
+    assert (await get(service.url + "/api/message")).status == 200
+
+
+async def test_a_message_service_that_moved_is_found(
+    names: Names, start: Start, make_proxy: MakeProxy, make_peer: MakePeer
+) -> None:
+    """aiohttp's client would keep the old address for ten seconds."""
+    peer = await make_peer(response('{"message": "ok"}'), keep_alive=True)
+    old = await make_proxy(peer.port, "127.0.0.2")
+    await make_proxy(peer.port, "127.0.0.3", old.port)
+    names.server.names["service.test"] = "127.0.0.2"
+    gateway = await start("gateway", wrapper=names.wrapper, DOWNSTREAM_URL=f"http://service.test:{old.port}")
+    assert (await get(gateway.url + "/api/string")).status == 200
+    old.refuse()
+    old.cut()
+    assert (await get(gateway.url + "/api/string")).status == 503
+    names.server.names["service.test"] = "127.0.0.3"
+    assert (await get(gateway.url + "/api/string")).status == 200

@@ -1,0 +1,80 @@
+"""The database's password: changed without a restart, whatever characters it has, and told to nobody."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Start
+from kit.client import get
+from kit.postgres import PASSWORD, Cluster, Database
+from kit.processes import run
+
+
+@pytest.fixture
+def role(cluster: Cluster) -> Database:
+    """The cluster's database, for a role of its own."""
+    database = cluster.database()
+    database.sql("CREATE ROLE reader LOGIN PASSWORD 'first'")
+    database.sql("GRANT SELECT ON messages TO reader")
+    return database
+
+
+async def test_a_rotated_password_needs_no_restart(role: Database, start: Start, tmp_path: Path) -> None:
+    """Changed in the database and in the file, and the connections ended: the next request succeeds."""
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    settings = role.settings(DB_USER="reader", DB_PASSWORD=None, DB_PASSWORD_FILE=file)
+    service = await start("message_service", **settings)
+    for password in ("second", "it's \\ \"a\" 100% pass=word ünd 🔑", " spaces "):
+        assert (await get(service.url + "/api/message")).status == 200
+        role.sql("ALTER ROLE reader PASSWORD %s", password)
+        file.write_text(f"{password}\n")
+        role.terminate_backends()
+    assert (await get(service.url + "/api/message")).status == 200
+    file.rename(tmp_path / "gone")
+    assert (await get(service.url + "/api/message")).status == 200  # connections that are up stay up
+    role.terminate_backends()
+    assert (await get(service.url + "/api/message")).status == 503
+    (tmp_path / "gone").rename(file)
+    assert (await get(service.url + "/api/message")).status == 200
+
+
+SECRET = "s3cret-Pa55word"
+
+
+async def test_a_secret_is_in_no_log_and_no_answer(role: Database, start: Start) -> None:
+    """Neither when it is right nor when it is wrong, at any log level."""
+    settings = {"DB_USER": "reader", "DB_PASSWORD": SECRET, "LOG_LEVEL": "debug", "ACCESS_LOG": "all"}
+    role.sql("ALTER ROLE reader PASSWORD %s", SECRET)
+    service = await start("message_service", **role.settings(**settings))
+    answers = [await get(service.url + "/api/message")]
+    role.sql("ALTER ROLE reader PASSWORD 'another'")
+    role.terminate_backends()
+    answers.append(await get(service.url + "/api/message"))
+    answers.append(await get(service.url + "/readyz"))
+    assert [answer.status for answer in answers] == [200, 503, 503]
+    await service.wait_for_log(status=503)
+    service.terminate()
+    assert await service.exit_status() == 0
+    for text in (service.log, [(answer.headers, answer.body) for answer in answers]):
+        assert SECRET not in str(text)
+        assert PASSWORD not in str(text)
+
+
+def test_a_secret_is_in_no_message_of_the_command_line(cluster: Cluster, tmp_path: Path) -> None:
+    """Not in the help, not among wrong settings, not when the schema can not be applied."""
+    good = cluster.database().settings(DB_PASSWORD=SECRET)
+    file = tmp_path / "password"
+    file.write_text(SECRET)
+    both = {"DB_PASSWORD_FILE": file}
+    url = {"DOWNSTREAM_URL": f"http://user:{SECRET}@host"}
+    for arguments, settings, status in (
+        (["message_service", "--help"], good, 0),
+        (["message_service"], good | {"DB_PORT": "none"}, 2),
+        (["message_service"], good | both, 2),
+        (["message_service", "--apply-schema"], good, 1),
+        (["gateway"], url, 2),
+    ):
+        ended = run("-m", *arguments, **settings)
+        assert ended.returncode == status
+        assert SECRET not in ended.stdout + ended.stderr, arguments
+        assert "Traceback" not in ended.stderr
