@@ -248,4 +248,3 @@ async def test_a_whole_response_goes_out_before_the_end(start: Start, make_peer:
         client.reader._transport.resume_reading()  # type: ignore[attr-defined]
         assert (await client.receive()).json() == {"result": content}
     assert await gateway.exit_status(within=2) == 0
-

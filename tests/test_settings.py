@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from typing import Any
 
 import pytest
 from conftest import Start
@@ -39,7 +40,7 @@ def test_wrong_settings_are_told_all_at_once(name: str) -> None:
     """One line for each, with its name, what it holds and what is expected; exit status 2."""
     wrong = SERVERS[name]
     for round_ in range(max(map(len, wrong.values()))):
-        settings = {variable: values[round_ % len(values)] for variable, values in wrong.items()}
+        settings: dict[str, Any] = {variable: values[round_ % len(values)] for variable, values in wrong.items()}
         ended = run("-m", name, **settings)
         assert (ended.returncode, ended.stdout) == (2, "")
         lines = ended.stderr.splitlines()

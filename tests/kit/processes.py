@@ -8,13 +8,15 @@ unless the test says that it expects them.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import pytest
 
 from kit import ROOT, eventually
 
@@ -46,6 +48,7 @@ class Server:
     def __init__(self, name: str, *command: str, wrapper: Sequence[str] = (), cwd: Path = ROOT, **settings: Any):
         """Start `python COMMAND`; `wrapper` is a command that executes its arguments, as unshare does."""
         self.name = name
+        self._port = int(settings.get("PORT", 0))
         self.log: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self.expected_tracebacks = False
@@ -82,13 +85,25 @@ class Server:
 
     async def listening(self) -> "Server":
         """Return when it listens; AssertionError with what it said when it ends instead."""
-        await self.wait_for_log(message="listening", within=15)
+        await eventually(self._listens, within=15)
         return self
+
+    def _listens(self) -> bool:
+        if self.process.poll() is not None:
+            self.finish()
+            pytest.fail(f"{self.name} ended: {self.noise} {self.log}")
+        if not self._port:
+            return bool(self.logged(message="listening"))
+        try:  # its log may be for people, or silent
+            socket.create_connection(("127.0.0.1", self._port), 1).close()
+        except OSError:
+            return False
+        return True
 
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self.logged(message="listening")[0]["port"])
+        return self._port or int(self.logged(message="listening")[0]["port"])
 
     @property
     def url(self) -> str:
@@ -113,7 +128,7 @@ class Server:
             if ended is not None and not lines:
                 self.finish()
                 if not (lines := self.logged(**fields)):
-                    raise RuntimeError(f"{self.name} ended with {ended}: {self.noise} {self.log}")
+                    pytest.fail(f"{self.name} ended with {ended}: {self.noise} {self.log}")
             return lines
 
         lines: list[dict[str, Any]] = await eventually(look, within)
@@ -161,13 +176,3 @@ class Server:
         assert not self.noise, f"{self.name} wrote more than log lines: {''.join(self.noise)}"
         tracebacks = [line["exception"] for line in self.log if "exception" in line]
         assert self.expected_tracebacks or not tracebacks, f"{self.name}: {tracebacks[0]}"
-
-
-def wait_listening(server: Server) -> Server:
-    """As Server.listening, for fixtures outside an event loop."""
-    deadline = time.monotonic() + 15
-    while not server.logged(message="listening"):
-        assert server.process.poll() is None, f"{server.name} ended: {server.noise} {server.log}"
-        assert time.monotonic() < deadline, f"{server.name} does not listen: {server.noise} {server.log}"
-        time.sleep(0.01)
-    return server
