@@ -48,7 +48,7 @@ class Server:
     def __init__(self, name: str, *command: str, wrapper: Sequence[str] = (), cwd: Path = ROOT, **settings: Any):
         """Start `python COMMAND`; `wrapper` is a command that executes its arguments, as unshare does."""
         self.name = name
-        self._port = int(settings.get("PORT", 0))
+        self._port = int(settings.get("PORT") or 0)
         self.log: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self.expected_tracebacks = False
