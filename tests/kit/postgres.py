@@ -250,10 +250,14 @@ class Cluster:
 
     def kill(self) -> None:
         """SIGKILL every process of it, as when the power fails."""
-        for pid in self.pids():
+        self.process.send_signal(signal.SIGSTOP)  # so that it starts no more
+        pids = self.pids()
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
+        while any(_runs(pid) for pid in pids):  # not before would a new start find their shared memory free
+            time.sleep(0.01)
 
     def freeze(self) -> None:
         """SIGSTOP every process of it: connections stay up, the kernel accepts new ones, nobody answers."""
@@ -277,6 +281,13 @@ class Cluster:
             self.stop("immediate")
         self.reservation.close()
         shutil.rmtree(self.folder)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty for one that only waits for its parent
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def make_folder(prefix: str, parent: Path | None = None) -> Path:
