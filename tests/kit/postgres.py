@@ -250,7 +250,7 @@ class Cluster:
 
     def kill(self) -> None:
         """SIGKILL every process of it, as when the power fails."""
-        self.process.send_signal(signal.SIGSTOP)  # so that it starts no more
+        _stop(self.process.pid)  # so that it starts no more
         pids = self.pids()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -261,9 +261,9 @@ class Cluster:
 
     def freeze(self) -> None:
         """SIGSTOP every process of it: connections stay up, the kernel accepts new ones, nobody answers."""
-        self.process.send_signal(signal.SIGSTOP)  # the postmaster first, so that it starts no more
+        _stop(self.process.pid)  # first, so that it starts no more
         for pid in child_pids(self.process.pid):
-            os.kill(pid, signal.SIGSTOP)
+            _stop(pid)
 
     def resume(self) -> None:
         """End the freeze."""
@@ -281,6 +281,14 @@ class Cluster:
             self.stop("immediate")
         self.reservation.close()
         shutil.rmtree(self.folder)
+
+
+def _stop(pid: int) -> None:
+    """SIGSTOP a process, and return when it has stopped; one that is gone is no fault."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TZX":
+            time.sleep(0.001)
 
 
 def _runs(pid: int) -> bool:
