@@ -4,7 +4,6 @@ With DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) set, tests that only need a dat
 tests that break the server itself always use a cluster of their own.
 """
 
-import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from kit.network import Peer, Proxy, Script
 from kit.postgres import Cluster, Database, Provider, make_folder
-from kit.processes import Server
+from kit.processes import Server, wait_listening
 
 Start = Callable[..., Awaitable[Server]]
 MakeCluster = Callable[..., Cluster]
@@ -125,10 +124,8 @@ def shared_system(provider: Provider) -> Iterator[System]:
     """Both services for the whole session, for tests that break nothing."""
     database = provider.create()
     service = Server("message_service", "-m", "message_service", **database.settings())
-    asyncio.run(service.listening())
-    gateway = Server("gateway", "-m", "gateway", DOWNSTREAM_URL=service.url)
-    asyncio.run(gateway.listening())
-    yield System(gateway, service, database)
+    gateway = Server("gateway", "-m", "gateway", DOWNSTREAM_URL=wait_listening(service).url)
+    yield System(wait_listening(gateway), service, database)
     close_all([service, gateway])
     provider.drop(database)
 

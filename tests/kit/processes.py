@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -85,10 +86,11 @@ class Server:
 
     async def listening(self) -> "Server":
         """Return when it listens; AssertionError with what it said when it ends instead."""
-        await eventually(self._listens, within=15)
+        await eventually(self.listens, within=15)
         return self
 
-    def _listens(self) -> bool:
+    def listens(self) -> bool:
+        """Whether it listens by now; fails the test when it has ended instead."""
         if self.process.poll() is not None:
             self.finish()
             pytest.fail(f"{self.name} ended: {self.noise} {self.log}")
@@ -176,3 +178,12 @@ class Server:
         assert not self.noise, f"{self.name} wrote more than log lines: {''.join(self.noise)}"
         tracebacks = [line["exception"] for line in self.log if "exception" in line]
         assert self.expected_tracebacks or not tracebacks, f"{self.name}: {tracebacks[0]}"
+
+
+def wait_listening(server: Server) -> Server:
+    """As `Server.listening`, for fixtures outside an event loop."""
+    deadline = time.monotonic() + 15
+    while not server.listens():
+        assert time.monotonic() < deadline, f"{server.name} does not listen: {server.noise} {server.log}"
+        time.sleep(0.01)
+    return server
