@@ -13,7 +13,7 @@ import pytest
 from conftest import MakePeer, MakeProxy, Start
 from kit import eventually
 from kit.client import get
-from kit.network import NameServer, name_server, response
+from kit.network import NameServer, name_server, response, unanswered_port
 from kit.postgres import Database
 
 
@@ -75,6 +75,25 @@ async def test_a_name_server_that_is_gone_is_a_clear_answer(names: Names, start:
         assert (await get(server.url + "/healthz", within=0.5)).status == 200
     server.terminate()
     assert await server.exit_status(within=1) == 0
+
+
+async def test_a_name_is_looked_up_once_for_a_connection(names: Names, start: Start, database: Database) -> None:
+    """Not again by libpq, which would do it in the event loop."""
+    names.server.names["db.test"] = "127.0.0.1"
+    service = await start("message_service", wrapper=names.wrapper, **database.settings(DB_HOST="db.test"))
+    for _ in range(2):
+        assert (await get(service.url + "/api/message")).status == 200
+    assert names.server.questions.count("db.test") == 2  # for IPv4 and IPv6
+
+
+@pytest.mark.parametrize("addresses", ["127.0.0.2 127.0.0.1", "127.0.0.1 127.0.0.2"])
+async def test_one_address_of_several_is_enough(names: Names, start: Start, database: Database, addresses: str) -> None:
+    """One does not answer, so that libpq changes to the socket for the other, which aiopg would not notice."""
+    names.server.names["db.test"] = addresses
+    settings = database.settings(DB_HOST="db.test")
+    service = await start("message_service", wrapper=names.wrapper, **settings, DB_TIMEOUT=1)
+    with unanswered_port("127.0.0.2", database.port):
+        assert (await get(service.url + "/api/message", within=2)).status == 200
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["asked while it was away", "not asked"])

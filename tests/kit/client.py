@@ -6,6 +6,7 @@ No HTTP library: those retry, follow, pool and refuse to send nonsense, and so h
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -75,10 +76,11 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def connection(url: str) -> AsyncIterator[Connection]:
-    """A Connection to the server of this URL."""
+async def connection(url: str, buffer: int = 2**24) -> AsyncIterator[Connection]:
+    """A Connection to the server of this URL, which takes about `buffer` bytes before they are read."""
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**24)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=buffer)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     connected = Connection(reader, writer, parts.netloc)
     try:
         yield connected

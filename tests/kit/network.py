@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from kit import reserve_port
@@ -26,8 +26,7 @@ class Proxy:
         self.accepted = 0
         self._listener: asyncio.Server | None = None
         self._holds_new = False
-        self._flowing: dict[asyncio.Task[None], asyncio.Event] = {}
-        self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+        self._connections: dict[asyncio.Task[None], _Connection] = {}
 
     @property
     def url(self) -> str:
@@ -52,9 +51,8 @@ class Proxy:
 
     def cut(self) -> None:
         """Reset every connection that is up."""
-        for task, writers in self._connections.items():
-            for writer in writers:
-                reset(writer)
+        for task, connection in self._connections.items():
+            connection.reset()
             task.cancel()
 
     def freeze(self, *, established: bool = True, new: bool = True) -> None:
@@ -64,41 +62,52 @@ class Proxy:
         """
         self._holds_new = new
         if established:
-            for flowing in self._flowing.values():
-                flowing.clear()
+            for connection in self._connections.values():
+                connection.flowing.clear()
 
     def resume(self) -> None:
         """Let the bytes that were held pass, and all that follow."""
         self._holds_new = False
-        for flowing in self._flowing.values():
-            flowing.set()
+        for connection in self._connections.values():
+            connection.flowing.set()
+
+    def forget(self) -> None:
+        """As a host that was restarted: connections look up, until a client's next byte is answered with a reset."""
+        for connection in self._connections.values():
+            connection.forgotten = True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         task = asyncio.current_task()
         assert task
-        self._connections[task] = [writer]
-        flowing = self._flowing[task] = asyncio.Event()
+        connection = self._connections[task] = _Connection(writer)
         if not self._holds_new:
-            flowing.set()
+            connection.flowing.set()
         with contextlib.suppress(OSError, asyncio.CancelledError):
             try:
-                await flowing.wait()
+                await connection.flowing.wait()
                 onward = await asyncio.open_connection("127.0.0.1", self.target_port)
-                self._connections[task].append(onward[1])
-                await asyncio.gather(self._pump(reader, onward[1], flowing), self._pump(onward[0], writer, flowing))
+                connection.writers.append(onward[1])
+                await asyncio.gather(
+                    self._pump(reader, onward[1], connection), self._pump(onward[0], writer, connection)
+                )
             finally:
-                del self._flowing[task]
-                for each in self._connections.pop(task):
+                del self._connections[task]
+                for each in connection.writers:
                     each.close()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flowing: asyncio.Event) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: "_Connection"
+    ) -> None:
         while chunk := await reader.read(65536):
+            if connection.forgotten:
+                connection.reset()
+                return
             if self.delay:
                 await asyncio.sleep(self.delay)
             step = 1 if self.drip else len(chunk)
             for start in range(0, len(chunk), step):
-                await flowing.wait()
+                await connection.flowing.wait()
                 writer.write(chunk[start : start + step])
                 await writer.drain()
                 await asyncio.sleep(self.drip)
@@ -112,6 +121,19 @@ class Proxy:
         self.cut()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.reservation.close()
+
+
+class _Connection:
+    """What a proxy knows of one client: both sides of its connection, and how it is treated."""
+
+    def __init__(self, writer: asyncio.StreamWriter):
+        self.writers = [writer]
+        self.flowing = asyncio.Event()
+        self.forgotten = False
+
+    def reset(self) -> None:
+        for writer in self.writers:
+            reset(writer)
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
@@ -182,11 +204,11 @@ def response(
 
 
 @contextlib.contextmanager
-def unanswered_port() -> Any:
+def unanswered_port(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     """A port of a host that is gone: its kernel drops each attempt to connect. Yields the number."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
-        full.bind(("127.0.0.1", 0))
+        full.bind((host, port))
         full.listen(0)
         for _ in range(2):  # a queue that is full
             waiting = stack.enter_context(socket.socket())
@@ -196,7 +218,7 @@ def unanswered_port() -> Any:
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """A DNS server (RFC 1035) on port 53 of a loopback address: `names` maps names to IPv4 addresses.
+    """A DNS server (RFC 1035) on port 53 of a loopback address: `names` maps each name to its IPv4 addresses.
 
     It answers while `answering` is set, late what was asked before; a name that it does not know does not exist.
     """
@@ -231,9 +253,10 @@ class NameServer(asyncio.DatagramProtocol):
         known = self.names.get(name)
         answers = b""
         if known and kind == b"\0\x01":  # A; every other kind has no record
-            answers = b"\xc0\x0c\0\x01\0\x01" + struct.pack(">IH", 0, 4) + socket.inet_aton(known)
+            for each in known.split():
+                answers += b"\xc0\x0c\0\x01\0\x01" + struct.pack(">IH", 0, 4) + socket.inet_aton(each)
         flags = b"\x81\x80" if known else b"\x81\x83"  # recursion available; NXDOMAIN
-        header = query[:2] + flags + struct.pack(">HHHH", 1, 1 if answers else 0, 0, 0)
+        header = query[:2] + flags + struct.pack(">HHHH", 1, len(answers) // 16, 0, 0)
         self.transport.sendto(header + query[12 : end + 5] + answers, address)
 
 
