@@ -32,7 +32,9 @@ from coalescing import Coalescer, RunTimeoutError
 from server import Route
 from settings import setting
 
-QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
+# Prepared, since planning takes a third of the time of a query so small.
+PREPARE = "PREPARE message AS SELECT content FROM messages ORDER BY id LIMIT 1"
+EXECUTE = "EXECUTE message"
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
 FAILURES = (
@@ -105,6 +107,7 @@ class Slot:
         self._options = options
         self._resolver = resolver
         self._connect_with: dict[str, str | None] = {}
+        self._prepared = False  # whether the connection has the prepared statement
         self._pool: aiopg.Pool
 
     async def open(self) -> None:
@@ -119,7 +122,7 @@ class Slot:
             ),
             minsize=0,
             maxsize=1,
-            timeout=self._options.db_timeout,
+            timeout=None,  # type: ignore[arg-type]  # a query ends when nobody waits for it any more, see `coalescing`
             enable_json=False,
             enable_hstore=False,
             enable_uuid=False,
@@ -131,7 +134,7 @@ class Slot:
         return bool(self._pool.freesize)
 
     async def first_row(self) -> tuple[object] | None:
-        """Return what the query finds, on a new connection where there is none or it has died while idle.
+        """Return what the query finds, on a new connection where there is none or the old one is of no use.
 
         Raises `psycopg2.Error`, `OSError` or (aiopg's own) `RuntimeError`.
         """
@@ -140,14 +143,19 @@ class Slot:
             try:
                 return await self._query(connection)
             except FAILURES:
-                if not connection.closed:
+                # It has died while idle, or its statement was prepared for a table that has changed since.
+                if not connection.closed and not self._prepared:
                     raise
+                connection.close()
         return await self._query(await self._connect())
 
     async def _query(self, connection: aiopg.Connection) -> tuple[object] | None:
         try:
             async with connection.cursor() as cursor:
-                await cursor.execute(QUERY)
+                if not self._prepared:  # so late, since it needs the table
+                    await cursor.execute(PREPARE)
+                    self._prepared = True
+                await cursor.execute(EXECUTE)
                 row: tuple[object] | None = await cursor.fetchone()
                 return row
         except asyncio.CancelledError:
@@ -171,6 +179,7 @@ class Slot:
         if not self._options.db_host.startswith("/"):
             found = await self._resolver.resolve(self._options.db_host, self._options.db_port)
             addresses = [address["host"] for address in found]
+        self._prepared = False
         for address in addresses:
             self._connect_with = {"hostaddr": address, "password": password}
             try:
