@@ -115,9 +115,14 @@ def parameter_values(template: Properties, given: dict[str, str]) -> dict[str, A
 
 
 @functools.cache
+def _session() -> boto3.Session:
+    return boto3.Session(**CREDENTIALS)
+
+
+@functools.cache
 def _client(service: str, region: str) -> Any:
     # Making a client takes longer than all the calls of a simulation.
-    client = boto3.client(service, region_name=region, **CREDENTIALS)
+    client = _session().client(service, region_name=region)
     if service == "eks":
         for operation in ("CreateAddon", "CreatePodIdentityAssociation"):
             # moto does not have these: botocore checks the request, and nothing is sent.
@@ -137,7 +142,7 @@ def _accept(**_: Any) -> tuple[_Accepted, Properties]:
 def managed_policies() -> frozenset[str]:
     """Names of the policies that AWS manages. Loaded once, as moto takes most of a second for it."""
     with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
-        pages = boto3.client("iam", region_name="us-east-1", **CREDENTIALS).get_paginator("list_policies").paginate()
+        pages = _client("iam", "us-east-1").get_paginator("list_policies").paginate()
         return frozenset(policy["PolicyName"] for page in pages for policy in page["Policies"])
 
 
@@ -656,8 +661,13 @@ def simulate(template: Properties, given: dict[str, str], region: str) -> Observ
     Raises SimulationError, or botocore's ClientError and ParamValidationError where a service refuses.
     """
     managed_policies()
-    # No instance is started, and reading moto's list of machine images takes longer than all the rest.
-    with mock.patch.dict(os.environ, MOTO_EC2_LOAD_DEFAULT_AMIS="false"), mock_aws():
+    with (
+        # No instance is started, and reading moto's list of machine images takes longer than all the rest.
+        mock.patch.dict(os.environ, MOTO_EC2_LOAD_DEFAULT_AMIS="false"),
+        # moto opens a new session for each role that EKS is given, which takes half of the time that is left.
+        mock.patch("moto.eks.utils.Session", _session),
+        mock_aws(),
+    ):
         stack = _Stack(template, parameter_values(template, given), region)
         for name in template["Resources"]:
             if stack.exists(name):
