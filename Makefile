@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test check lock clean
+.PHONY: help run test check aws lock clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ check: .venv/.dev  ## lint, types, Kubernetes schemas
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
+aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws.yaml, without AWS
+	$(BIN)/python -m pytest tests/aws
+
 # A group's environment is up to date when its stamp is newer than its lock file.
 .venv/.%: requirements-%.txt
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
@@ -35,6 +38,7 @@ lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
 	$(BIN)/pip-compile $(LOCK) --output-file requirements.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements-local.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements-dev.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra aws --constraint requirements-dev.txt --output-file requirements-aws.txt pyproject.toml
 LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
 
 clean:  ## remove what the targets made, the local database included

@@ -316,14 +316,16 @@ class _Stack:
 
     def make_ec2_vpc(self, name: str, properties: Properties) -> str:
         tags = _tag_specification("vpc", properties)
-        attributes = {key: properties.pop(key) for key in ("EnableDnsSupport", "EnableDnsHostnames") if key in properties}
+        attributes = {
+            key: properties.pop(key) for key in ("EnableDnsSupport", "EnableDnsHostnames") if key in properties
+        }
         vpc = self.call("ec2", "create_vpc", **properties, **tags)["Vpc"]
         for key, value in attributes.items():
             self.call("ec2", "modify_vpc_attribute", VpcId=vpc["VpcId"], **{key: {"Value": value}})
         self.attributes[name, "CidrBlock"] = vpc["CidrBlock"]
         return str(vpc["VpcId"])
 
-    def make_ec2_internetgateway(self, name: str, properties: Properties) -> str:
+    def make_ec2_internetgateway(self, _name: str, properties: Properties) -> str:
         tags = _tag_specification("internet-gateway", properties)
         gateway = self.call("ec2", "create_internet_gateway", **properties, **tags)["InternetGateway"]
         return str(gateway["InternetGatewayId"])
@@ -332,7 +334,7 @@ class _Stack:
         self.call("ec2", "attach_internet_gateway", **properties)
         return name
 
-    def make_ec2_subnet(self, name: str, properties: Properties) -> str:
+    def make_ec2_subnet(self, _name: str, properties: Properties) -> str:
         tags = _tag_specification("subnet", properties)
         maps = properties.pop("MapPublicIpOnLaunch", False)
         subnet = self.call("ec2", "create_subnet", **properties, **tags)["Subnet"]["SubnetId"]
@@ -345,11 +347,11 @@ class _Stack:
         self.attributes[name, "AllocationId"] = address["AllocationId"]
         return str(address["PublicIp"])
 
-    def make_ec2_natgateway(self, name: str, properties: Properties) -> str:
+    def make_ec2_natgateway(self, _name: str, properties: Properties) -> str:
         tags = _tag_specification("natgateway", properties)
         return str(self.call("ec2", "create_nat_gateway", **properties, **tags)["NatGateway"]["NatGatewayId"])
 
-    def make_ec2_routetable(self, name: str, properties: Properties) -> str:
+    def make_ec2_routetable(self, _name: str, properties: Properties) -> str:
         tags = _tag_specification("route-table", properties)
         return str(self.call("ec2", "create_route_table", **properties, **tags)["RouteTable"]["RouteTableId"])
 
@@ -357,10 +359,10 @@ class _Stack:
         self.call("ec2", "create_route", **properties)
         return name
 
-    def make_ec2_subnetroutetableassociation(self, name: str, properties: Properties) -> str:
+    def make_ec2_subnetroutetableassociation(self, _name: str, properties: Properties) -> str:
         return str(self.call("ec2", "associate_route_table", **properties)["AssociationId"])
 
-    def make_ec2_vpcendpoint(self, name: str, properties: Properties) -> str:
+    def make_ec2_vpcendpoint(self, _name: str, properties: Properties) -> str:
         return str(self.call("ec2", "create_vpc_endpoint", **properties)["VpcEndpoint"]["VpcEndpointId"])
 
     def make_ec2_flowlog(self, name: str, properties: Properties) -> str:
@@ -468,7 +470,7 @@ class _Stack:
         self.call("eks", "create_nodegroup", nodegroupName=f"{STACK}-{name}", **_lower_camel(properties))
         return f"{STACK}-{name}"
 
-    def make_eks_addon(self, name: str, properties: Properties) -> str:
+    def make_eks_addon(self, _name: str, properties: Properties) -> str:
         self.call("eks", "create_addon", **_lower_camel(properties))
         return str(properties["AddonName"])
 
@@ -517,7 +519,9 @@ class _Stack:
         repository = f"{STACK}-{name}".lower()
         lifecycle = properties.pop("LifecyclePolicy", None)
         properties.pop("EmptyOnDelete", None)  # what deletion does; creation does not know it
-        made = self.call("ecr", "create_repository", repositoryName=repository, **_lower_camel(properties))["repository"]
+        made = self.call("ecr", "create_repository", repositoryName=repository, **_lower_camel(properties))[
+            "repository"
+        ]
         if lifecycle:
             text = lifecycle["LifecyclePolicyText"]
             self.call("ecr", "put_lifecycle_policy", repositoryName=repository, lifecyclePolicyText=text)
@@ -549,9 +553,7 @@ class _Stack:
 
         versions = {}
         for name in made("AWS::EC2::LaunchTemplate"):
-            answer = ask(
-                "describe_launch_template_versions", "LaunchTemplateVersions", LaunchTemplateId=self.ids[name]
-            )
+            answer = ask("describe_launch_template_versions", "LaunchTemplateVersions", LaunchTemplateId=self.ids[name])
             versions[self.ids[name]] = answer[0]["LaunchTemplateData"]
         roles = {}
         for name in made("AWS::IAM::Role"):
@@ -600,7 +602,9 @@ class _Stack:
             subnets={item["SubnetId"]: item for item in ask("describe_subnets", "Subnets", Filters=here)},
             route_tables=ask("describe_route_tables", "RouteTables", Filters=here),
             internet_gateways=ask("describe_internet_gateways", "InternetGateways"),
-            nat_gateways={item["NatGatewayId"]: item for item in ask("describe_nat_gateways", "NatGateways", Filter=here)},
+            nat_gateways={
+                item["NatGatewayId"]: item for item in ask("describe_nat_gateways", "NatGateways", Filter=here)
+            },
             security_groups={
                 item["GroupId"]: item for item in ask("describe_security_groups", "SecurityGroups", Filters=here)
             },
@@ -619,7 +623,8 @@ class _Stack:
             nodegroups=nodegroups,
             databases=self.call("rds", "describe_db_instances")["DBInstances"],
             subnet_groups={
-                item["DBSubnetGroupName"]: item for item in self.call("rds", "describe_db_subnet_groups")["DBSubnetGroups"]
+                item["DBSubnetGroupName"]: item
+                for item in self.call("rds", "describe_db_subnet_groups")["DBSubnetGroups"]
             },
             database_parameters={
                 group: {
@@ -643,7 +648,7 @@ def _permission(rule: Properties) -> Properties:
     """One rule of a security group, as the API of EC2 takes it."""
     rule = dict(rule)
     description = {"Description": rule.pop("Description")} if "Description" in rule else {}
-    permission = {key: rule.pop(key) for key in ("IpProtocol", "FromPort", "ToPort") if key in rule}
+    permission: Properties = {key: rule.pop(key) for key in ("IpProtocol", "FromPort", "ToPort") if key in rule}
     if "CidrIp" in rule:
         permission["IpRanges"] = [{"CidrIp": rule.pop("CidrIp"), **description}]
     if "CidrIpv6" in rule:

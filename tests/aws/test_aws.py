@@ -37,7 +37,11 @@ ANYWHERE = {"0.0.0.0/0", "::/0"}
 # What a person may deploy: the defaults, the largest stack, and the cheapest for a test.
 REQUIRED = {"PublicAccessCidrs": "203.0.113.7/32"}
 VARIANTS: dict[str, dict[str, str]] = {
-    "three zones": {"ZoneCount": "3", "NodeInstanceType": "m7g.large", "PublicAccessCidrs": "203.0.113.7/32,198.51.100.0/24"},
+    "three zones": {
+        "ZoneCount": "3",
+        "NodeInstanceType": "m7g.large",
+        "PublicAccessCidrs": "203.0.113.7/32,198.51.100.0/24",
+    },
     "defaults": {},
     "test stack": {
         "SingleNatGateway": "true",
@@ -114,7 +118,9 @@ def _routes(stack: Observed, subnet: str) -> dict[str, dict[str, Any]]:
             for association in table["Associations"]:
                 if association.get("SubnetId") == subnet or (main and association.get("Main")):
                     return {
-                        route["DestinationCidrBlock"]: route for route in table["Routes"] if "DestinationCidrBlock" in route
+                        route["DestinationCidrBlock"]: route
+                        for route in table["Routes"]
+                        if "DestinationCidrBlock" in route
                     }
     raise AssertionError(f"no route table for {subnet}")
 
@@ -148,7 +154,9 @@ def test_validator_finds_nothing() -> None:
     assert validation_findings(_template()) == []
 
 
-@pytest.mark.parametrize("instance_class", json.loads(_template())["Parameters"]["DatabaseInstanceClass"]["AllowedValues"])
+@pytest.mark.parametrize(
+    "instance_class", json.loads(_template())["Parameters"]["DatabaseInstanceClass"]["AllowedValues"]
+)
 def test_every_database_class_exists(instance_class: str) -> None:
     """Whatever class of the database is chosen, RDS has it for this engine version in both regions."""
     assert validation_findings(_template(), instance_class) == []
@@ -220,7 +228,7 @@ def test_subnets_are_large_and_apart(stack: Observed) -> None:
 
 
 def test_private_subnets_leave_through_their_own_zone(stack: Observed) -> None:
-    """A private subnet reaches the Internet through a NAT gateway of its zone, or the single one where that was asked."""
+    """A private subnet reaches the Internet through a NAT gateway of its zone, or the single one if asked for."""
     gateways = {item["NatGatewayId"]: item for item in stack.nat_gateways.values()}
     single = stack.parameters["SingleNatGateway"] == "true"
     assert len(gateways) == (1 if single else int(stack.parameters["ZoneCount"]))
@@ -233,7 +241,9 @@ def test_private_subnets_leave_through_their_own_zone(stack: Observed) -> None:
 
 def test_internet_gateway_is_attached_first(stack: Observed) -> None:
     """The VPC has its gateway before a route or a public address needs it, so that creation never fails by chance."""
-    assert [item["VpcId"] for gateway in stack.internet_gateways for item in gateway["Attachments"]] == [stack.vpc["VpcId"]]
+    assert [item["VpcId"] for gateway in stack.internet_gateways for item in gateway["Attachments"]] == [
+        stack.vpc["VpcId"]
+    ]
     assert "InternetGatewayAttachment" in stack.waits_for["PublicRoute"]
     for address in stack.of_type("AWS::EC2::EIP"):
         assert "InternetGatewayAttachment" in stack.waits_for[address]
@@ -401,7 +411,7 @@ def test_nodes_may_join_and_pull_images_only(stack: Observed) -> None:
 
 
 def test_addons_come_in_an_order_that_works(stack: Observed) -> None:
-    """All five add-ons are there; those that nodes need to become ready come before them, those that need nodes after."""
+    """All five add-ons are there; those that make nodes ready come before them, those that need nodes after."""
     (request,) = stack.of_type("AWS::EKS::Cluster").values()
     assert request["BootstrapSelfManagedAddons"] is False  # so that nothing but these add-ons brings a network
     (nodes,) = stack.of_type("AWS::EKS::Nodegroup")
