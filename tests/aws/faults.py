@@ -135,6 +135,7 @@ FAULTS = [
     _fault("no audit log", _of("Cluster", "Logging.ClusterLogging.EnabledTypes.1"), GONE),
     _fault("log group made by EKS", "Resources/Cluster/DependsOn", GONE),
     _fault("extended support at six times the price", _of("Cluster", "UpgradePolicy.SupportType"), "EXTENDED"),
+    _fault("nodes stay behind at the next upgrade", _of("Nodes", "Version"), GONE),
     _fault("wrong trust of the cluster role", _of("ClusterRole", f"{_TRUST}.Principal.Service"), "ec2.amazonaws.com"),
     _fault("AMI of the wrong architecture", "Mappings/Node/m7g.large/AmiType", "AL2023_x86_64_STANDARD"),
     _fault("AMI type fixed", _of("Nodes", "AmiType"), "AL2023_ARM_64_STANDARD"),
