@@ -1,0 +1,295 @@
+"""Measure this system side by side with its peers on one machine: `make bench`.
+
+Rules: every system runs at the same time and is idle unless it is measured; the rounds are interleaved, so that drift
+of the machine hits all alike; each measurement follows a warm-up with as many connections; what is reported are
+medians over the rounds. Linux only, because of /proc and wrk.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import report
+from stack import SYSTEMS, Failure, Postgres, Running, end_with_parent, missing, postgres, start
+
+HERE = Path(__file__).parent
+WARM_UP_SECONDS = 0.5
+FLAT_CONNECTIONS = [1, 8, 64, 256, 1024, 4096, 10_000]
+CONNECT_SECONDS = 30.0
+"""Time for thousands of connections to be accepted; a full backlog makes TCP try again after 1, 3 and 7 s."""
+
+Measurement = dict[str, Any]
+
+
+class Wrk:
+    """One run of wrk against a URL; it is interrupted, never abandoned."""
+
+    def __init__(self, url: str, connections: int, seconds: int) -> None:
+        # One thread drives what one gateway process can answer; many connections need a second one.
+        threads = 1 if connections <= 1024 else 2
+        options = ["-t", str(threads), "-c", str(connections), "-d", str(seconds), "--timeout", "10"]
+        self.process = subprocess.Popen(
+            ["wrk", *options, "-s", str(HERE / "wrk.lua"), url],
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+            preexec_fn=end_with_parent,
+        )
+
+    def __enter__(self) -> "Wrk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> dict[str, int]:
+        self.process.send_signal(signal.SIGINT)
+        return self.result()
+
+    def result(self) -> dict[str, int]:
+        output, _ = self.process.communicate()
+        if self.process.returncode:
+            raise Failure(f"wrk failed:\n{output}")
+        numbers: dict[str, int] = json.loads(output.splitlines()[-1])
+        return numbers
+
+
+def cpu_seconds(process: psutil.Popen | None) -> float:
+    if process is None:
+        return 0.0
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def megabytes(process: psutil.Popen | None) -> float | None:
+    return process.memory_info().rss / 1e6 if process else None
+
+
+def settle(running: Running, database: Postgres) -> None:
+    """Wait until a system has finished what the last load left behind."""
+    deadline = time.monotonic() + 15
+    before = -1.0
+    while time.monotonic() < deadline:
+        now = sum(map(cpu_seconds, running.processes())) + database.cpu_seconds()
+        if now - before <= 0.01:  # one tick of the CPU clock
+            return
+        before = now
+        time.sleep(0.1)
+
+
+def measure(running: Running, database: Postgres, connections: int, seconds: int) -> Measurement:
+    """One warm-up and one measured run. CPU is in µs per request, times in ms, memory in MB (10^6 bytes)."""
+
+    def counters() -> tuple[float, float, float, int]:
+        return cpu_seconds(running.gateway), cpu_seconds(running.service), database.cpu_seconds(), database.queries()
+
+    with Wrk(running.url, connections, seconds=10) as wrk:
+        time.sleep(WARM_UP_SECONDS)
+        wrk.stop()
+    settle(running, database)
+    before = counters()
+    with Wrk(running.url, connections, seconds) as wrk:
+        wrk_result = wrk.result()
+    gateway, service, backends, queries = (after - b for after, b in zip(counters(), before, strict=True))
+    settle(running, database)
+    answered = wrk_result["requests"] - wrk_result["bad_status"]
+    requests = max(answered, 1)
+    return {
+        "system": running.system.name,
+        "connections": connections,
+        "requests_per_second": answered / (wrk_result["duration"] / 1e6),
+        "p50_ms": wrk_result["p50"] / 1e3,
+        "p99_ms": wrk_result["p99"] / 1e3,
+        "cpu_gateway": gateway / requests * 1e6,
+        "cpu_service": service / requests * 1e6,
+        "cpu_postgres": backends / requests * 1e6,
+        "queries_per_request": queries / requests,
+        "memory_gateway": megabytes(running.gateway),
+        "memory_service": megabytes(running.service),
+        "requests": answered,
+        "bad_status": wrk_result["bad_status"],
+        "socket_errors": wrk_result["socket_errors"],
+    }
+
+
+def clients(running: Running) -> int:
+    """Connections that the gateway has accepted and that are open."""
+    port = urlsplit(running.url).port
+    connections = running.gateway.net_connections("tcp")
+    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
+
+
+def measure_flatness(running: Running, database: Postgres, connections: int, seconds: int) -> Measurement:
+    """PostgreSQL's load while that many clients are connected; queries are counted once all of them are."""
+    with Wrk(running.url, connections, seconds=120) as wrk:
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while clients(running) < connections and time.monotonic() < deadline:
+            time.sleep(0.25)
+        time.sleep(WARM_UP_SECONDS)
+        began, queries = time.monotonic(), database.queries()
+        time.sleep(seconds)
+        queries_per_second = (database.queries() - queries) / (time.monotonic() - began)
+        connected = clients(running)
+        wrk_result = wrk.stop()
+    settle(running, database)
+    answered = wrk_result["requests"] - wrk_result["bad_status"]
+    return {
+        "system": running.system.name,
+        "connections": connections,
+        "connected": connected,
+        "queries_per_second": queries_per_second,
+        "requests_per_second": answered / (wrk_result["duration"] / 1e6),
+        "p99_ms": wrk_result["p99"] / 1e3,
+        "bad_status": wrk_result["bad_status"],
+        "socket_errors": wrk_result["socket_errors"],
+    }
+
+
+def describe_machine(database: Postgres) -> dict[str, str]:
+    """Everything that a reader needs to judge the numbers, and nothing that identifies the machine."""
+
+    def said(*command: str) -> str:
+        if not shutil.which(command[0]):
+            return "missing"
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return (run.stdout or run.stderr).strip().splitlines()[0]
+
+    models = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    libraries = ["aiohttp", "aiopg", "fastapi", "uvicorn", "uvloop", "httptools", "httpx", "asyncpg"]
+    node_packages = json.loads((HERE / "fastify" / "package.json").read_text())["dependencies"]
+    return {
+        "processor": f"{os.cpu_count()} x {models[0].strip() if models else platform.machine()}",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        "PostgreSQL": database.version(),
+        "Node": said("node", "--version"),
+        "wrk": said("wrk", "--version").partition(" [")[0].removeprefix("wrk "),
+        "libraries": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries),
+        "Node packages": ", ".join(f"{name} {version}" for name, version in node_packages.items()),
+        "commit": said("git", "-C", str(HERE), "describe", "--always", "--dirty"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run(options: argparse.Namespace, systems: list[Any], folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Start everything, measure everything; the raw results."""
+    database = stack.enter_context(postgres(folder / "postgres"))
+    running = [start(system, database, folder, stack) for system in systems]
+    measurements: list[Measurement] = []
+    flatness: list[Measurement] = []
+    total = options.rounds * len(options.connections) * len(running)
+    began = time.monotonic()
+    for number in range(options.rounds):
+        for connections in options.connections:
+            shift = number % len(running)  # nobody is always measured after the same neighbour
+            for each in running[shift:] + running[:shift]:
+                measurements.append(it := measure(each, database, connections, options.seconds))
+                left = (time.monotonic() - began) / len(measurements) * (total - len(measurements))
+                print(
+                    f"round {number + 1}/{options.rounds} {connections:>5} clients  {each.system.title:<39}"
+                    f"{it['requests_per_second']:>8.0f}/s  p50 {it['p50_ms']:>7.2f} ms  p99 {it['p99_ms']:>7.2f} ms"
+                    f"  {left / 60:.1f} min left",
+                    flush=True,
+                )
+    subject = next((each for each in running if each.system.name == report.SUBJECT), None)
+    for number in range(options.flat_rounds if subject else 0):
+        for connections in options.flat_connections:
+            assert subject
+            flatness.append(it := measure_flatness(subject, database, connections, options.seconds))
+            print(
+                f"flatness {number + 1}/{options.flat_rounds} {connections:>5} clients  "
+                f"{it['requests_per_second']:>8.0f} requests/s  {it['queries_per_second']:>6.0f} queries/s",
+                flush=True,
+            )
+    return {
+        "machine": describe_machine(database),
+        "command": " ".join(["python", "benchmarks/bench.py", *sys.argv[1:]]),
+        "seconds": options.seconds,
+        "rounds": options.rounds,
+        "systems": {each.system.name: each.system.title for each in running},
+        "measurements": measurements,
+        "flatness": flatness,
+        "memory_at_end": {
+            each.system.name: [megabytes(each.gateway), megabytes(each.service)] for each in running
+        },
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    names = [system.name for system in SYSTEMS]
+    parser = argparse.ArgumentParser(description="Measure this system side by side with its peers.")
+    parser.add_argument("--quick", action="store_true", help="a look of about 90 s: 2 short rounds, 1, 64 and 256 clients")
+    parser.add_argument("--systems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--connections", nargs="+", type=int, help="clients (default: 1 8 64 256 1024)")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured (default: 5)")
+    parser.add_argument("--seconds", type=int, help="length of one measurement (default: 3)")
+    parser.add_argument("--flat-connections", nargs="+", type=int, default=FLAT_CONNECTIONS)
+    parser.add_argument("--flat-rounds", type=int, help="rounds of the flatness part (default: 3; 0: leave it out)")
+    parser.add_argument(
+        "--output", type=Path, help="folder (default: benchmarks/results for a full run, else results/partial in it)"
+    )
+    options = parser.parse_args(arguments)
+    options.output = options.output or HERE / "results" / ("partial" if arguments or sys.argv[1:] else "")
+    quick = options.quick
+    options.connections = options.connections or ([1, 64, 256] if quick else [1, 8, 64, 256, 1024])
+    options.rounds = options.rounds or (2 if quick else 5)
+    options.seconds = options.seconds or (1 if quick else 3)
+    if options.flat_rounds is None:
+        options.flat_rounds = 1 if quick else 3
+    return options
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    options = parse()
+    if not shutil.which("wrk"):
+        print("wrk is missing: install it (Debian: apt-get install wrk)", file=sys.stderr)
+        return 1
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client; children inherit it
+    signal.signal(signal.SIGTERM, interrupt)
+    systems = [system for system in SYSTEMS if system.name in options.systems]
+    for system in systems:
+        if reason := missing(system):
+            print(reason)
+    systems = [system for system in systems if not missing(system)]
+    try:
+        # Entered first, so left last: every process has ended when its files go.
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:
+            Path(folder).chmod(0o755)  # PostgreSQL may run as another user
+            results = run(options, systems, Path(folder), stack)
+    except Failure as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: everything is stopped, nothing is written", file=sys.stderr)
+        return 130
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    report.write(results, options.output)
+    print((options.output / "bench.md").read_text())
+    print(f"written to {os.path.relpath(options.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
