@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test check aws lock clean
+.PHONY: help run test check aws lock clean bench
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -25,6 +25,21 @@ KUBERNETES := 1.37 1.36 1.35 1.34
 
 aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws.yaml, without AWS
 	$(BIN)/python -m pytest tests/aws
+bench: .venv-bench/.installed benchmarks/fastify/node_modules  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
+	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
+
+# The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
+BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+
+.venv-bench/.installed: requirements-bench.txt
+	@test -x .venv-bench/bin/python || { echo "making .venv-bench with $(BENCH_PYTHON)"; $(BENCH_PYTHON) -m venv .venv-bench; }
+	@echo "installing $<"
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+	@touch $@
+
+benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
+	@if command -v npm >/dev/null; then echo "installing $<"; npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent && touch $@; \
+	else echo "npm is missing: Fastify cannot be measured"; fi
 
 # A group's environment is up to date when its stamp is newer than its lock file.
 .venv/.%: requirements-%.txt
@@ -39,7 +54,8 @@ lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
 	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements-local.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements-dev.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra aws --constraint requirements-dev.txt --output-file requirements-aws.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --extra bench --output-file requirements-bench.txt pyproject.toml
 LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
 
 clean:  ## remove what the targets made, the local database included
-	rm -rf .venv .data .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench benchmarks/fastify/node_modules benchmarks/results/partial .data .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -76,6 +76,13 @@ def cpu_seconds(process: psutil.Popen | None) -> float:
     return float(times.user + times.system)
 
 
+def busy_seconds() -> float:
+    """CPU time that the machine has spent on anything but wrk runs that have ended, time stolen from it included."""
+    times = psutil.cpu_times()
+    wrk = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice - wrk.ru_utime - wrk.ru_stime)
+
+
 def megabytes(process: psutil.Popen | None) -> float | None:
     return process.memory_info().rss / 1e6 if process else None
 
@@ -93,10 +100,15 @@ def settle(running: Running, database: Postgres) -> None:
 
 
 def measure(running: Running, database: Postgres, connections: int, seconds: int) -> Measurement:
-    """One warm-up and one measured run. CPU is in µs per request, times in ms, memory in MB (10^6 bytes)."""
+    """One warm-up and one measured run. CPU is in µs per request, times in ms, memory in MB (10^6 bytes).
 
-    def counters() -> tuple[float, float, float, int]:
-        return cpu_seconds(running.gateway), cpu_seconds(running.service), database.cpu_seconds(), database.queries()
+    `cpu_others` is what the rest of the machine used meanwhile, as a share of all its processors: where it is more than
+    a few hundredths, somebody else was at work and the numbers are worth less.
+    """
+
+    def counters() -> tuple[float, ...]:
+        parts = cpu_seconds(running.gateway), cpu_seconds(running.service), database.cpu_seconds()
+        return *parts, database.queries(), busy_seconds() - sum(parts)
 
     with Wrk(running.url, connections, seconds=10) as wrk:
         time.sleep(WARM_UP_SECONDS)
@@ -105,7 +117,7 @@ def measure(running: Running, database: Postgres, connections: int, seconds: int
     before = counters()
     with Wrk(running.url, connections, seconds) as wrk:
         wrk_result = wrk.result()
-    gateway, service, backends, queries = (after - b for after, b in zip(counters(), before, strict=True))
+    gateway, service, backends, queries, others = (after - b for after, b in zip(counters(), before, strict=True))
     settle(running, database)
     answered = wrk_result["requests"] - wrk_result["bad_status"]
     requests = max(answered, 1)
@@ -119,6 +131,7 @@ def measure(running: Running, database: Postgres, connections: int, seconds: int
         "cpu_service": service / requests * 1e6,
         "cpu_postgres": backends / requests * 1e6,
         "queries_per_request": queries / requests,
+        "cpu_others": others / (wrk_result["duration"] / 1e6) / (os.cpu_count() or 1),
         "memory_gateway": megabytes(running.gateway),
         "memory_service": megabytes(running.service),
         "requests": answered,
@@ -155,6 +168,7 @@ def measure_flatness(running: Running, database: Postgres, connections: int, sec
         "queries_per_second": queries_per_second,
         "requests_per_second": answered / (wrk_result["duration"] / 1e6),
         "p99_ms": wrk_result["p99"] / 1e3,
+        "memory_gateway": megabytes(running.gateway),
         "bad_status": wrk_result["bad_status"],
         "socket_errors": wrk_result["socket_errors"],
     }
@@ -207,6 +221,7 @@ def run(options: argparse.Namespace, systems: list[Any], folder: Path, stack: Ex
                     f"  {left / 60:.1f} min left",
                     flush=True,
                 )
+    memory = {each.system.name: [megabytes(each.gateway), megabytes(each.service)] for each in running}
     subject = next((each for each in running if each.system.name == report.SUBJECT), None)
     for number in range(options.flat_rounds if subject else 0):
         for connections in options.flat_connections:
@@ -225,16 +240,16 @@ def run(options: argparse.Namespace, systems: list[Any], folder: Path, stack: Ex
         "systems": {each.system.name: each.system.title for each in running},
         "measurements": measurements,
         "flatness": flatness,
-        "memory_at_end": {
-            each.system.name: [megabytes(each.gateway), megabytes(each.service)] for each in running
-        },
+        "memory": memory,
     }
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [system.name for system in SYSTEMS]
     parser = argparse.ArgumentParser(description="Measure this system side by side with its peers.")
-    parser.add_argument("--quick", action="store_true", help="a look of about 90 s: 2 short rounds, 1, 64 and 256 clients")
+    parser.add_argument(
+        "--quick", action="store_true", help="a look of about 90 s: 2 short rounds, 1, 64 and 256 clients"
+    )
     parser.add_argument("--systems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--connections", nargs="+", type=int, help="clients (default: 1 8 64 256 1024)")
     parser.add_argument("--rounds", type=int, help="how often everything is measured (default: 5)")

@@ -15,7 +15,7 @@ class Result(BaseModel):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    # As many connections kept alive as are allowed: with the default of 20, all above are opened anew each time.
+    # All connections are kept alive: by default httpx keeps 20 of 100 and opens the others anew each time.
     connections = int(os.environ["DOWNSTREAM_CONNECTIONS"])
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     # A request may wait for a free connection longer than the default of 5 s: an overload should show as latency.

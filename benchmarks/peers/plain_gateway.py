@@ -9,7 +9,6 @@ SESSION = web.AppKey("session", ClientSession)
 
 
 async def session(app: web.Application) -> AsyncIterator[None]:
-    # No more connections than the message service can use: beyond some 32, each one costs and brings nothing.
     connector = TCPConnector(limit=int(os.environ["DOWNSTREAM_CONNECTIONS"]))
     async with ClientSession(
         os.environ["DOWNSTREAM_URL"], connector=connector, timeout=ClientTimeout(total=5)
