@@ -271,6 +271,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def interrupt(*_: object) -> None:
+    """End the benchmark; further signals are ignored, so that everything gets stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -281,7 +284,8 @@ def main() -> int:
         return 1
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client; children inherit it
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)  # also where a shell had SIGINT ignored, as for a job in the background
     systems = [system for system in SYSTEMS if system.name in options.systems]
     for system in systems:
         if reason := missing(system):

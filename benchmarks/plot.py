@@ -60,7 +60,7 @@ def document(width: int, height: int, title: str, marks: list[str]) -> str:
 
 def bars(rows: list[Row], clients: int) -> str:
     """Requests per second and CPU per request of each system, the limits apart."""
-    labels, speed, cost, pitch = 290, 310, 610, 30
+    labels, speed, cost, pitch = 280, 300, 600, 30
     length = 215
     rows = sorted(rows, key=lambda row: (row.limit, -row.requests_per_second))
     fastest = max(row.requests_per_second for row in rows)
@@ -89,20 +89,19 @@ def bars(rows: list[Row], clients: int) -> str:
                 x += part / dearest * length
         marks.append(text(x + 6, middle + 1, f"{sum(row.cpu):,.0f}", kind))
         y += pitch
-    x = float(cost)
+    x = 560.0
     for name, colour in PARTS:
         marks.append(box(x, y + 8, 11, 11, colour))
         marks.append(text(x + 16, y + 18, name, "soft"))
-        x += 24 + 7.4 * len(name) + 8
-    title = "Two HTTP services and a query, at the price of hello world"
-    return document(900, int(y + 36), title, marks)
+        x += 32 + 7.2 * len(name)
+    return document(900, int(y + 36), "A string from PostgreSQL, through two HTTP services", marks)
 
 
 def growth(points: list[tuple[int, float, float]]) -> str:
     """Requests and queries per second over the number of clients, both axes logarithmic."""
-    left, right, top, bottom = 80, 720, 60, 330
+    left, right, top, bottom = 80, 690, 60, 330
     highest = 10 ** math.ceil(math.log10(max(max(p[1:]) for p in points)))
-    lowest = 10 ** math.floor(math.log10(max(1, min(min(p[1:]) for p in points))))
+    lowest = 10 ** math.floor(math.log10(max(0.1, 0.6 * min(min(p[1:]) for p in points))))
     span = math.log(points[-1][0] / points[0][0]) or 1.0
 
     def x(clients: int) -> float:
@@ -115,18 +114,19 @@ def growth(points: list[tuple[int, float, float]]) -> str:
     tick = lowest
     while tick <= highest:
         marks.append(f'<path d="M{left} {y(tick):.1f}H{right}" style="stroke: var(--line)"/>')
-        marks.append(text(left - 10, y(tick) + 4, f"{tick:,}", "soft end"))
+        marks.append(text(left - 10, y(tick) + 4, f"{tick:,g}", "soft end"))
         tick *= 10
     for clients, *_ in points:
         marks.append(text(x(clients), bottom + 22, f"{clients:,}", "soft middle"))
     marks.append(text((left + right) / 2, bottom + 46, "clients", "soft middle"))
-    for index, (name, colour) in enumerate([("requests/s", "--bar"), ("queries/s in PostgreSQL", "--accent")], 1):
+    lines = [("requests/s", "--bar", -10), ("queries/s in PostgreSQL", "--accent", 20)]
+    for index, (name, colour, above) in enumerate(lines, 1):
         line = " ".join(f"{x(point[0]):.1f},{y(point[index]):.1f}" for point in points)
         marks.append(f'<polyline points="{line}" style="fill: none; stroke: var({colour}); stroke-width: 3"/>')
         for point in points:
             marks.append(
                 f'<circle cx="{x(point[0]):.1f}" cy="{y(point[index]):.1f}" r="4" style="fill: var({colour})"/>'
             )
-            marks.append(text(x(point[0]), y(point[index]) - 10, f"{point[index]:,.0f}", "middle"))
+            marks.append(text(x(point[0]), y(point[index]) + above, f"{point[index]:,.0f}", "middle"))
         marks.append(text(right + 16, y(points[-1][index]) + 4, name, "head"))
-    return document(900, 400, "More clients, the same load on PostgreSQL", marks)
+    return document(900, 400, "Requests, and what PostgreSQL sees of them", marks)
