@@ -28,6 +28,7 @@ from stack import SYSTEMS, Failure, Postgres, Running, end_with_parent, missing,
 
 HERE = Path(__file__).parent
 WARM_UP_SECONDS = 0.5
+SETTLE_SECONDS = 60.0
 FLAT_CONNECTIONS = [1, 8, 64, 256, 1024, 4096, 10_000]
 CONNECT_SECONDS = 30.0
 """Time for thousands of connections to be accepted; a full backlog makes TCP try again after 1, 3 and 7 s."""
@@ -88,8 +89,8 @@ def megabytes(process: psutil.Popen | None) -> float | None:
 
 
 def settle(running: Running, database: Postgres) -> None:
-    """Wait until a system has finished what the last load left behind."""
-    deadline = time.monotonic() + 15
+    """Wait until a system has finished what the last load left behind: a peer may still owe a thousand answers."""
+    deadline = time.monotonic() + SETTLE_SECONDS
     before = -1.0
     while time.monotonic() < deadline:
         now = sum(map(cpu_seconds, running.processes())) + database.cpu_seconds()
@@ -97,6 +98,7 @@ def settle(running: Running, database: Postgres) -> None:
             return
         before = now
         time.sleep(0.1)
+    print(f"{running.system.title} did not come to rest in {SETTLE_SECONDS:.0f} s; its next numbers suffer", flush=True)
 
 
 def measure(running: Running, database: Postgres, connections: int, seconds: int) -> Measurement:
@@ -168,7 +170,6 @@ def measure_flatness(running: Running, database: Postgres, connections: int, sec
         "queries_per_second": queries_per_second,
         "requests_per_second": answered / (wrk_result["duration"] / 1e6),
         "p99_ms": wrk_result["p99"] / 1e3,
-        "memory_gateway": megabytes(running.gateway),
         "bad_status": wrk_result["bad_status"],
         "socket_errors": wrk_result["socket_errors"],
     }
@@ -221,7 +222,7 @@ def run(options: argparse.Namespace, systems: list[Any], folder: Path, stack: Ex
                     f"  {left / 60:.1f} min left",
                     flush=True,
                 )
-    memory = {each.system.name: [megabytes(each.gateway), megabytes(each.service)] for each in running}
+    memory = {each.system.name: list(map(megabytes, each.processes())) for each in running}
     subject = next((each for each in running if each.system.name == report.SUBJECT), None)
     for number in range(options.flat_rounds if subject else 0):
         for connections in options.flat_connections:
@@ -240,7 +241,8 @@ def run(options: argparse.Namespace, systems: list[Any], folder: Path, stack: Ex
         "systems": {each.system.name: each.system.title for each in running},
         "measurements": measurements,
         "flatness": flatness,
-        "memory": memory,
+        "memory_after_rounds": memory,
+        "memory_after_flatness": list(map(megabytes, subject.processes())) if flatness and subject else [],
     }
 
 
@@ -252,8 +254,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--systems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--connections", nargs="+", type=int, help="clients (default: 1 8 64 256 1024)")
-    parser.add_argument("--rounds", type=int, help="how often everything is measured (default: 5)")
-    parser.add_argument("--seconds", type=int, help="length of one measurement (default: 3)")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured (default: 6)")
+    parser.add_argument("--seconds", type=int, help="length of one measurement (default: 2)")
     parser.add_argument("--flat-connections", nargs="+", type=int, default=FLAT_CONNECTIONS)
     parser.add_argument("--flat-rounds", type=int, help="rounds of the flatness part (default: 3; 0: leave it out)")
     parser.add_argument(
@@ -263,8 +265,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.output = options.output or HERE / "results" / ("partial" if arguments or sys.argv[1:] else "")
     quick = options.quick
     options.connections = options.connections or ([1, 64, 256] if quick else [1, 8, 64, 256, 1024])
-    options.rounds = options.rounds or (2 if quick else 5)
-    options.seconds = options.seconds or (1 if quick else 3)
+    options.rounds = options.rounds or (2 if quick else 6)
+    options.seconds = options.seconds or (1 if quick else 2)
     if options.flat_rounds is None:
         options.flat_rounds = 1 if quick else 3
     return options

@@ -80,9 +80,7 @@ def targets(results: Results) -> list[tuple[str, str, float | None, float, bool]
     """Each target as text, comparison, what was measured (None: it was not), the limit, whether it is reached."""
     summary, flatness = summarise(results["measurements"]), summarise(results["flatness"])
 
-    def memory() -> float:
-        return max(value or 0 for value in results["memory"][SUBJECT])
-
+    after_flatness = results["memory_after_flatness"]
     rps = "requests_per_second"
     wanted: list[tuple[str, str, float, Callable[[], float]]] = [
         ("requests/s at 64 against json_response", "≥", 0.9, lambda: summary.ratio("bare-json", 64, rps)),
@@ -99,13 +97,19 @@ def targets(results: Results) -> list[tuple[str, str, float | None, float, bool]
         ("p50 at 1 against aiohttp + aiopg", "≤", 0.6, lambda: summary.ratio("plain", 1, "p50_ms")),
         ("queries/s from 64 to 10,000 clients, deviation", "≤", 0.2, lambda: deviation(flatness)),
         ("queries/s at most, against those at 64 clients", "≤", 1.2, lambda: growth(flatness)),
-        ("memory of the larger service after the rounds, MB", "≤", 60, memory),
+        (
+            "memory of the larger service after the rounds, MB",
+            "≤",
+            60,
+            lambda: max(results["memory_after_rounds"][SUBJECT]),
+        ),
+        ("memory of the larger service after 10,000 clients, MB", "≤", 60, lambda: max(after_flatness)),
     ]
     judged: list[tuple[str, str, float | None, float, bool]] = []
     for text, comparison, limit, measure in wanted:
         try:
             value = measure()
-        except (KeyError, ZeroDivisionError):
+        except (KeyError, ValueError, ZeroDivisionError):  # it was not measured
             judged.append((text, comparison, None, limit, False))
             continue
         judged.append((text, comparison, value, limit, value >= limit if comparison == "≥" else value <= limit))
@@ -174,22 +178,21 @@ def markdown(results: Results) -> str:
             ],
         )
     )
-    header = ["system", "requests/s", "rounds", "p50 ms", "p99 ms", "CPU µs gateway", "service", "PostgreSQL"]
+    header = ["system", "requests/s", "in the rounds", "p50 ms", "p99 ms", "CPU µs gateway", "service", "PostgreSQL"]
     header += ["queries/request", "memory MB", "failures"]
     for connections in sorted({connections for _, connections in summary.rows}):
         parts.append(f"## {connections} client{'s' if connections > 1 else ''}\n")
         parts.append(table(header, system_rows(results, summary, connections)))
     if flatness.rows:
         parts.append("## PostgreSQL's load while clients grow\n")
-        names = ["connected", "requests_per_second", "queries_per_second", "p99_ms", "memory_gateway", "failures"]
+        names = ["connected", "requests_per_second", "queries_per_second", "p99_ms", "failures"]
         rows = [[number(c)] + [number(row[n]) for n in names] for (_, c), row in sorted(flatness.rows.items())]
-        parts.append(
-            table(["clients", "connected", "requests/s", "queries/s", "p99 ms", "gateway MB", "failures"], rows)
-        )
+        parts.append(table(["clients", "connected", "requests/s", "queries/s", "p99 ms", "failures"], rows))
     parts.append(
         "CPU is µs per request, user and system together. Queries count SELECTs of the message. Memory is resident,\n"
         "in 10^6 bytes, gateway + message service, after each measurement. Failures are answers other than 2xx and\n"
-        "socket errors, summed over the rounds; they are not counted as requests.\n"
+        "socket errors, summed over the rounds; they are not counted as requests. Work on requests that are still\n"
+        "unanswered when a measurement ends is in the CPU time, but they are not among the requests.\n"
     )
     return "\n".join(parts)
 
