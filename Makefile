@@ -25,6 +25,7 @@ KUBERNETES := 1.37 1.36 1.35 1.34
 
 aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws.yaml, without AWS
 	$(BIN)/python -m pytest tests/aws
+
 bench: .venv-bench/.installed benchmarks/fastify/node_modules  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
 	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
 
