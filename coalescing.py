@@ -52,6 +52,7 @@ class _Batch(Generic[Result]):
     def __init__(self, context: contextvars.Context) -> None:
         self.context = context
         self.callers: deque[tuple[float, asyncio.Future[Result]]] = deque()  # with deadlines, earliest first
+        self.expired = 0  # callers whose deadline has passed; they are no longer among `callers`
         self.waiting = 0  # callers that have not given up; counted, since scanning for each that leaves is quadratic
         self.run: asyncio.Task[None] | None = None
         self.expiry: asyncio.TimerHandle  # at the deadline of the earliest caller
@@ -142,7 +143,7 @@ class Coalescer(Generic[Result]):
         self._started.discard(batch)
         if self._open and self._open.run is None:
             self._start(self._open)
-        self._observe(len(batch.callers), outcome)
+        self._observe(len(batch.callers) + batch.expired, outcome)
 
     def _expire(self, batch: _Batch[Result]) -> None:
         """Let go the callers whose time is up, and come back for the next."""
@@ -150,6 +151,7 @@ class Coalescer(Generic[Result]):
         now = loop.time()
         while batch.callers and batch.callers[0][0] <= now:
             _, caller = batch.callers.popleft()
+            batch.expired += 1
             if not caller.done():
                 _fail(caller, RunTimeoutError(batch.context))
                 self._give_up(batch)
