@@ -126,11 +126,11 @@ class Coalescer(Generic[Result]):
             result = await self._function()
         except asyncio.CancelledError:
             # Nobody is left; or `function` has cancelled itself, or the event loop ends, and somebody still waits.
-            self._end(batch, "abandoned", lambda caller: _fail(caller, RuntimeError("the run was cancelled")))
+            self._end(batch, "abandoned", lambda caller: caller.set_exception(RuntimeError("the run was cancelled")))
             raise
         except Exception as error:
             failure = error
-            self._end(batch, "failed", lambda caller: _fail(caller, failure))
+            self._end(batch, "failed", lambda caller: caller.set_exception(failure))
         else:
             self._end(batch, "answered", lambda caller: caller.set_result(result))
 
@@ -153,7 +153,7 @@ class Coalescer(Generic[Result]):
             _, caller = batch.callers.popleft()
             batch.expired += 1
             if not caller.done():
-                _fail(caller, RunTimeoutError(batch.context))
+                caller.set_exception(RunTimeoutError(batch.context))
                 self._give_up(batch)
         if batch.callers and batch.waiting:
             batch.expiry = loop.call_at(batch.callers[0][0], self._expire, batch)
@@ -172,8 +172,3 @@ class Coalescer(Generic[Result]):
             self._open = None
             if batch.run:  # cancelled before its first step, so that it never comes to its own end
                 self._end(batch, "abandoned", lambda _: None)
-
-
-def _fail(caller: asyncio.Future[Result], error: Exception) -> None:
-    caller.set_exception(error)
-    caller.exception()  # counts as retrieved, even if the caller is cancelled before it wakes
