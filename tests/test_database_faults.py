@@ -240,6 +240,7 @@ async def test_many_clients_need_few_connections(start: Start, database: Databas
         while len(database.backends()) < 1 + 4:
             waiting += [asyncio.create_task(get(service.url + "/api/message")) for _ in range(20)]
             await asyncio.sleep(0.02)
+        waiting += [asyncio.create_task(get(service.url + "/api/message")) for _ in range(20)]
         await asyncio.sleep(0.1)
         assert len(database.backends()) == 1 + 4
     assert {answer.status for answer in await asyncio.gather(*waiting)} == {200}

@@ -240,7 +240,7 @@ async def test_a_whole_response_goes_out_before_the_end(start: Start, make_peer:
     content = "x" * 1_000_000
     peer = await make_peer(response(f'{{"message": "{content}"}}'))
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
-    async with connection(gateway.url, buffer=1024) as client:
+    async with connection(gateway.url, buffer=32768) as client:
         await client.send("/api/string")
         await eventually(lambda: peer.requests)
         gateway.terminate()

@@ -50,8 +50,9 @@ async def test_a_secret_is_in_no_log_and_no_answer(role: Database, start: Start)
     role.sql("ALTER ROLE reader PASSWORD 'another'")
     role.terminate_backends()
     answers.append(await get(service.url + "/api/message"))
+    answers.append(await get(service.url + "/api/message"))
     answers.append(await get(service.url + "/readyz"))
-    assert [answer.status for answer in answers] == [200, 503, 503]
+    assert [answer.status for answer in answers] == [200, 503, 503, 503]
     await service.wait_for_log(status=503)
     service.terminate()
     assert await service.exit_status() == 0

@@ -1,12 +1,12 @@
 """Settings and command line: wrong ones are told all at once before anything listens; what is told is true."""
 
-import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import Start
-from kit import ROOT, reserve_port
+from kit import ROOT, eventually, reserve_port
 from kit.client import get
 from kit.postgres import Database
 from kit.processes import run
@@ -97,7 +97,17 @@ async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Datab
         assert "Traceback" not in ended.stderr
         return ended.returncode
 
-    assert await asyncio.gather(*(asyncio.to_thread(apply) for _ in range(10))) == [0] * 10
+    # Each is held where it is about to create the table, so that all ten would, if they did not wait for each other.
+    together = empty_database.connect()
+    together.cursor().execute("LOCK TABLE pg_class IN SHARE MODE")
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(10) as threads:
+        applying = [threads.submit(apply) for _ in range(10)]
+        try:
+            await eventually(lambda: empty_database.sql(waiting) == [(10,)], within=30)
+        finally:
+            together.close()
+    assert [each.result() for each in applying] == [0] * 10
     (first,) = empty_database.sql("SELECT content FROM messages ORDER BY id LIMIT 1")[0]
     assert first.startswith("Hello from PostgreSQL!")
     assert empty_database.sql("SELECT count(*) FROM messages") == [(3,)]
