@@ -136,7 +136,7 @@ async def test_one_request_is_one_request(start: Start, make_peer: MakePeer) -> 
 
 
 async def test_it_is_away(start: Start) -> None:
-    """Refused, without a name, or silent: a clear answer in time."""
+    """Refused or silent: a clear answer in time."""
 
     async def ask(url: str) -> Answer:
         gateway = await start("gateway", DOWNSTREAM_URL=url, DOWNSTREAM_TIMEOUT=1)
@@ -144,7 +144,6 @@ async def test_it_is_away(start: Start) -> None:
 
     with reserve_port() as refused:
         assert (await ask(f"http://127.0.0.1:{refused.getsockname()[1]}")).status == 503
-    assert (await ask("http://nowhere.invalid")).status in (503, 504)  # as fast as the resolver is
     with unanswered_port() as port:
         assert (await ask(f"http://127.0.0.1:{port}")).status == 504
 

@@ -16,6 +16,8 @@ from kit.client import get
 from kit.network import NameServer, name_server, response, unanswered_port
 from kit.postgres import Database
 
+API = {"gateway": "/api/string", "message_service": "/api/message"}
+
 
 class Names:
     """A name server, and the command that starts a server which asks it."""
@@ -51,8 +53,7 @@ async def test_a_slow_name_holds_up_nobody(
     settings = database.settings(DB_HOST="slow.test") if name == "message_service" else {}
     settings |= {"DOWNSTREAM_URL": f"http://slow.test:{peer.port}", "DB_TIMEOUT": 10, "DOWNSTREAM_TIMEOUT": 10}
     server = await start(name, wrapper=names.wrapper, **settings)
-    path = {"gateway": "/api/string", "message_service": "/api/message"}[name]
-    waiting = asyncio.create_task(get(server.url + path))
+    waiting = asyncio.create_task(get(server.url + API[name]))
     await eventually(lambda: names.server.questions)
     for _ in range(5):
         assert (await get(server.url + "/healthz", within=0.5)).status == 200
@@ -68,13 +69,23 @@ async def test_a_name_server_that_is_gone_is_a_clear_answer(names: Names, start:
     limits = {"DB_TIMEOUT": 0.5, "DOWNSTREAM_TIMEOUT": 0.5}
     settings = {"DB_HOST": "gone.test", "DOWNSTREAM_URL": "http://gone.test", **limits}
     server = await start(name, wrapper=names.wrapper, **settings)
-    path = {"gateway": "/api/string", "message_service": "/api/message"}[name]
     for _ in range(3):
-        answers = await asyncio.gather(*(get(server.url + path, within=1.5) for _ in range(20)))
+        answers = await asyncio.gather(*(get(server.url + API[name], within=1.5) for _ in range(20)))
         assert {answer.status for answer in answers} == {504}
         assert (await get(server.url + "/healthz", within=0.5)).status == 200
     server.terminate()
     assert await server.exit_status(within=1) == 0
+
+
+@pytest.mark.parametrize("name", ["gateway", "message_service"])
+async def test_an_unknown_name_is_a_clear_answer(names: Names, start: Start, name: str) -> None:
+    """503, as for whatever can not be reached; the name appears in the log only."""
+    settings = {"DB_HOST": "unknown.test", "DOWNSTREAM_URL": "http://unknown.test"}
+    server = await start(name, wrapper=names.wrapper, **settings)
+    answer = await get(server.url + API[name])
+    assert answer.status == 503
+    assert "unknown" not in answer.body.decode()
+    assert "ame" in (await server.wait_for_log(status=503))["cause"]  # "Name or service not known", or the like
 
 
 async def test_a_name_is_looked_up_once_for_a_connection(names: Names, start: Start, database: Database) -> None:

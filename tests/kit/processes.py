@@ -1,8 +1,8 @@
 """The servers as a user starts them: `python -m gateway` with settings in the environment.
 
 A server's log is read all the time by threads, so a server lives as long as its fixture, whatever event loop
-each test runs in. A line that is no JSON object, anything on stdout, and a traceback in the log are faults,
-unless the test says that it expects them.
+each test runs in. A line that is no JSON object, anything on stdout, a traceback or a Python warning in the log are
+faults, unless the test says that it expects them.
 """
 
 import json
@@ -178,6 +178,8 @@ class Server:
         assert not self.noise, f"{self.name} wrote more than log lines: {''.join(self.noise)}"
         tracebacks = [line["exception"] for line in self.log if "exception" in line]
         assert self.expected_tracebacks or not tracebacks, f"{self.name}: {tracebacks[0]}"
+        warnings = [line["message"] for line in self.log if "Warning: " in line["message"]]
+        assert not warnings, f"{self.name}: {warnings[0]}"
 
 
 def wait_listening(server: Server) -> Server:
