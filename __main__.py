@@ -1,0 +1,77 @@
+"""What a container runs: `python FOLDER gateway` or `python FOLDER message_service`: the argument picks the server.
+
+Rules kept here: the server takes this process over, so that process 1 of a container is the server itself, with no
+shell and no parent between it and its signals; whatever else is passed is answered with what to pass, and status 2.
+"""
+
+import os
+import signal
+import socket
+import sys
+
+DEFAULT_PORTS = {"gateway": "8000", "message_service": "8001"}
+HEALTH_CHECK_TIMEOUT = 2.0  # seconds
+
+USAGE = """\
+pass the server to run:
+  docker run IMAGE gateway             answers /api/string on port 8000; needs DOWNSTREAM_URL
+  docker run IMAGE message_service     answers /api/message on port 8001; needs DB_HOST and DB_PASSWORD
+  docker run IMAGE message_service --apply-schema
+Settings are environment variables; `gateway --help` and `message_service --help` list them."""
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case [name, *_] if name in DEFAULT_PORTS:
+            run(name)
+        case ["--healthcheck", *path]:
+            sys.exit(check_health(*path))
+        case ["--help"]:
+            print(USAGE)
+        case arguments:
+            problem = f"{' '.join(arguments)}: there is no such server; " if arguments else ""
+            print(problem + USAGE, file=sys.stderr)
+            sys.exit(2)
+
+
+def run(name: str) -> None:
+    """Go on as `python -m NAME` with the remaining arguments."""
+    # The kernel drops signals that process 1 does not handle, and importing the server takes a while: without this, a
+    # stop in that while would go unnoticed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    import runpy  # here, since the health check must be quick
+
+    del sys.argv[1]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def check_health(path: str = "/healthz") -> str | None:
+    """What is wrong with the server of this container, or None: an HTTP client of the fewest imports.
+
+    It runs every few seconds, and importing an HTTP library would cost more than all the rest of it.
+    """
+    try:
+        address = (os.environ.get("HOST") or "localhost", int(os.environ.get("PORT") or default_port()))
+        with socket.create_connection(address, HEALTH_CHECK_TIMEOUT) as connection:
+            connection.settimeout(HEALTH_CHECK_TIMEOUT)
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            with connection.makefile("rb") as answer:
+                status_line = answer.readline(1000).decode("latin-1")
+    except OSError as error:
+        return str(error)
+    return None if status_line.startswith("HTTP/1.1 200 ") else status_line.strip() or "it closed the connection"
+
+
+def default_port() -> str:
+    """The default port of the server that process 1 was told to be. Raises `OSError` when it is none."""
+    with open("/proc/1/cmdline") as command:  # noqa: PTH123  # pathlib would double the time to start
+        arguments = command.read().split("\0")
+    for name, port in DEFAULT_PORTS.items():
+        if name in arguments:
+            return port
+    raise OSError("PORT is not set, and process 1 is neither server")
+
+
+if __name__ == "__main__":
+    main()
