@@ -1,9 +1,9 @@
 # One image for both servers: `docker run IMAGE gateway`, `docker run IMAGE message_service`.
 
 FROM python:3.13-slim AS packages
-COPY requirements.txt ./
+COPY requirements.txt /
 RUN python -m pip install --disable-pip-version-check --root-user-action=ignore --no-cache-dir --no-compile \
-    --require-hashes --only-binary :all: --prefix /packages -r requirements.txt
+    --require-hashes --only-binary :all: --prefix /packages -r /requirements.txt
 
 FROM python:3.13-slim
 LABEL org.opencontainers.image.title="messages" \
