@@ -15,10 +15,13 @@ run: .venv/.local  ## the whole system on this machine: PostgreSQL, message serv
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
 	$(BIN)/python -m pytest
 
-check: .venv/.dev  ## lint, types, Kubernetes schemas
+check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	@if docker compose version >/dev/null 2>&1; then echo docker compose config --quiet; docker compose config --quiet; \
+	else echo "docker-compose.yml is not checked: there is no docker compose here"; fi
 	@# An unknown schema is only a warning to it: whatever it says counts as a failure.
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
