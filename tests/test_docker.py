@@ -1,0 +1,448 @@
+"""The image and the composition, from outside: what a user of Docker sees, types and relies on.
+
+One build and one composition serve all tests; a test that breaks something heals it, and waits until it is healed.
+"""
+
+import ast
+import asyncio
+import json
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import ROOT, eventually
+from kit.client import Answer, get
+from kit.processes import run
+
+from server import VERSION, CommonSettings
+
+SERVERS = ["gateway", "message_service"]
+SERVICES = ["gateway", "message-service", "postgres"]
+BASE_IMAGE = "python:3.13-slim"
+PASSWORD = """a 'pass"word with \\ and #1"""
+GREETING = "Hello from PostgreSQL! This message was read from the database."
+
+Run = Callable[..., str]
+
+
+def docker(*arguments: str, check: bool = True, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `docker …` to its end, with nothing of the user's settings in its environment."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT") if name in os.environ}
+    done = subprocess.run(
+        ["docker", *arguments],
+        env={**kept, **(environment or {})},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, f"docker {' '.join(arguments)}: {done.stdout}{done.stderr}"
+    return done
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """What Docker knows of a container, an image or a network."""
+    found: dict[str, Any] = json.loads(docker("inspect", name).stdout)[0]
+    return found
+
+
+def engine_answers() -> bool:
+    """Whether there is a Docker engine, and a client with Compose v2."""
+    try:
+        return all(docker(*command, check=False).returncode == 0 for command in (["version"], ["compose", "version"]))
+    except FileNotFoundError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not engine_answers(), reason="needs a Docker engine and Compose v2")
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[str]:
+    """The image, built from the checkout; its name."""
+    tag = f"messages-test:{secrets.token_hex(4)}"
+    docker("build", "--tag", tag, ".")
+    yield tag
+    docker("image", "rm", "--force", tag)
+
+
+@pytest.fixture
+def start(image: str) -> Iterator[Run]:
+    """Starts a container of the image: `start(*options, command=[…])` returns its name."""
+    names = []
+
+    def start(*options: str, command: list[str]) -> str:
+        names.append(docker("run", "--detach", *options, image, *command).stdout.strip())
+        return names[-1]
+
+    yield start
+    for name in names:
+        docker("rm", "--force", "--volumes", name)
+
+
+class Composition:
+    """`docker compose …` on a project of its own, published on a port that is free."""
+
+    def __init__(self, image: str, env_file: Path) -> None:
+        self.project = f"messages-test-{secrets.token_hex(4)}"
+        self._image = image
+        self._env_file = env_file
+
+    def __call__(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command of Compose; the environment says what .env does not."""
+        options = ["--project-name", self.project, "--env-file", str(self._env_file)]
+        return docker("compose", *options, *arguments, check=check, environment={"IMAGE": self._image, "PUBLISH_PORT": "0"})
+
+    def up(self) -> None:
+        """Start what does not run, and wait until all are healthy."""
+        done = self("up", "--detach", "--wait", "--wait-timeout", "60", check=False)
+        assert done.returncode == 0, done.stderr + self("logs", "--no-color").stdout
+
+    def container(self, service: str) -> dict[str, Any]:
+        """What Docker knows of the service's container."""
+        return inspect(self("ps", "--all", "--quiet", service).stdout.strip())
+
+    def inside(self, service: str, *command: str, check: bool = True) -> str:
+        """What a command says that runs in the service's container."""
+        return self("exec", "--no-TTY", service, *command, check=check).stdout
+
+    def sql(self, statement: str) -> str:
+        """What psql says, in the database's container."""
+        return self.inside("postgres", "psql", "-U", "postgres", "-d", "mydb", "-qAtc", statement)
+
+    async def get(self, path: str = "/api/string") -> Answer:
+        """What a client of this machine is answered."""
+        return await get(f"http://{self('port', 'gateway', '8000').stdout.strip()}{path}")
+
+
+@pytest.fixture(scope="session")
+def shared_composition(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
+    env_file = tmp_path_factory.mktemp("compose") / ".env"
+    escaped = PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
+    env_file.write_text((ROOT / ".env.example").read_text() + f"\nDB_PASSWORD='{escaped}'\n")
+    composition = Composition(image, env_file)
+    try:
+        composition.up()
+        yield composition
+    finally:
+        composition("down", "--volumes", "--timeout", "5")
+
+
+@pytest.fixture
+def composition(shared_composition: Composition) -> Composition:
+    """The whole system, healthy, with the sample strings."""
+    shared_composition.up()
+    shared_composition.sql(f"UPDATE messages SET content = '{GREETING}' WHERE id = 1")
+    return shared_composition
+
+
+async def answers(composition: Composition, content: str = GREETING) -> bool:
+    """Whether a client gets this message."""
+    answer = await composition.get()
+    return answer.status == 200 and answer.json() == {"result": content}
+
+
+def healthy(container: str) -> bool:
+    return bool(inspect(container)["State"]["Health"]["Status"] == "healthy")
+
+
+# ---- the image -------------------------------------------------------------------------------------------------
+
+
+def product_files() -> set[str]:
+    """The files that the servers need: what they import, by the source, and what they read."""
+    found: set[str] = set()
+    todo = ["__main__", *SERVERS]
+    while todo:
+        name = todo.pop()
+        path = ROOT / f"{name}.py"
+        if path.exists() and path.name not in found:
+            found.add(path.name)
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    todo += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    todo.append(node.module)
+    return found | {"index.html", "openapi.yaml", "schema.sql"}
+
+
+def files(image: str) -> set[str]:
+    """All files of an image that root sees."""
+    command = ["find", "/", "-xdev", "-path", "/proc", "-prune", "-o", "-type", "f", "-print"]
+    return set(docker("run", "--rm", "--user", "0", "--entrypoint", command[0], image, *command[1:]).stdout.split("\n"))
+
+
+def test_only_the_product_is_in_the_image(image: str) -> None:
+    """The servers' own files, the locked packages, and bytecode: no tests, no tools, no leftovers of the build."""
+    added = files(image) - files(BASE_IMAGE)
+    sources = {path for path in added if not path.endswith(".pyc")}
+    assert {path for path in sources if path.startswith("/app/")} == {f"/app/{name}" for name in product_files()}
+    site_packages = re.compile(r"/usr/local/lib/python3\.\d+/site-packages/")
+    assert not [path for path in sources if not path.startswith("/app/") and not site_packages.match(path)]
+    distributions = {found[1].lower() for path in sources if (found := re.search(r"/([^/]+)-[^-/]+\.dist-info/", path))}
+    locked = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert distributions == {name.replace("-", "_") for name in locked}
+
+
+def test_the_servers_are_compiled(image: str) -> None:
+    """No start has to compile anything: all that a server has loaded when it listens came from bytecode."""
+    for name in SERVERS:
+        done = docker("run", "--rm", "--env", "PYTHONVERBOSE=1", image, name, "--help")
+        assert not re.findall(r"^# code object from '[^']+\.py'", done.stderr, re.MULTILINE)
+
+
+def test_the_image_is_small(image: str) -> None:
+    """Less than 45 MB is added to the base image."""
+    assert inspect(image)["Size"] - inspect(BASE_IMAGE)["Size"] < 45_000_000
+
+
+def test_the_image_says_what_it_is(image: str) -> None:
+    """Its labels name the product and the version that the servers name."""
+    labels = inspect(image)["Config"]["Labels"]
+    assert labels["org.opencontainers.image.title"] == "messages"
+    assert labels["org.opencontainers.image.version"] == VERSION
+    assert docker("run", "--rm", image, "gateway", "--version").stdout == f"gateway {VERSION}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["sh"], ["server"], ["--apply-schema"], ["gateway", "junk"]])
+def test_wrong_arguments_are_told(image: str, arguments: list[str]) -> None:
+    """Who passes no server, or what is none, is told what to pass."""
+    done = docker("run", "--rm", image, *arguments, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "gateway" in done.stderr
+    assert all(argument in done.stderr for argument in arguments)
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_settings(image: str) -> None:
+    """`docker run IMAGE SERVER --help`, and `--help` alone, which says which servers there are."""
+    assert "DOWNSTREAM_URL" in docker("run", "--rm", image, "gateway", "--help").stdout
+    assert "DB_PASSWORD_FILE" in docker("run", "--rm", image, "message_service", "--help").stdout
+    assert "docker run IMAGE message_service" in docker("run", "--rm", image, "--help").stdout
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_a_server_is_process_1_and_stops_at_once(start: Run, name: str) -> None:
+    """`docker stop` ends it in less than two seconds, by itself: with status 0."""
+    container = start(command=[name])
+    await eventually(lambda: "listening" in docker("logs", container).stderr)
+    assert docker("exec", container, "cat", "/proc/1/cmdline").stdout == f"python\0/app\0{name}\0"
+    docker("stop", "--time", "2", container)  # kills after that, with status 137
+    assert inspect(container)["State"]["ExitCode"] == 0
+
+
+async def test_a_server_stops_while_it_starts(start: Run, tmp_path: Path) -> None:
+    """A stop counts from the first moment, however long it takes to load the server."""
+    slow = tmp_path / "settings.py"
+    slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    slow.chmod(0o644)
+    container = start("--volume", f"{slow}:/app/settings.py:ro", command=["gateway"])
+    await eventually(lambda: docker("logs", container).stdout == "loading\n")
+    docker("stop", "--time", "2", container)
+    assert inspect(container)["State"]["ExitCode"] == 0
+
+
+@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("settings", [[], ["PORT=9000", "HOST=0.0.0.0"]], ids=["default", "PORT and HOST"])
+async def test_the_health_check_finds_the_server(start: Run, name: str, settings: list[str]) -> None:
+    """Healthy when it answers, wherever it was told to listen; unhealthy when it does not answer any more."""
+    often = [
+        "--health-interval",
+        "200ms",
+        "--health-retries",
+        "1",
+        "--health-start-period",
+        "0",
+        "--health-timeout",
+        "3s",
+    ]
+    container = start(*often, *(f"--env={setting}" for setting in settings), command=[name])
+    await eventually(lambda: healthy(container), within=10)
+    if not settings:
+        docker("kill", "--signal", "STOP", container)
+        await eventually(lambda: not healthy(container), within=10)
+
+
+# ---- the composition -------------------------------------------------------------------------------------------
+
+
+async def test_up_serves_the_message(composition: Composition) -> None:
+    """When `docker compose up --wait` returns, a client gets the message, and the password of `.env` is in use."""
+    assert await answers(composition)
+    for service, name in (("message-service", "DB_PASSWORD"), ("postgres", "POSTGRES_PASSWORD")):
+        assert f"{name}={PASSWORD}" in composition.container(service)["Config"]["Env"]
+    assert (
+        composition.sql("SELECT rolpassword LIKE 'SCRAM-SHA-256%' FROM pg_authid WHERE rolname = 'postgres'") == "t\n"
+    )
+
+
+def test_only_the_gateway_is_published(composition: Composition) -> None:
+    """Port 8000 on the loopback; neither the message service nor the database."""
+    published = {
+        (service, port, binding["HostIp"])
+        for service in SERVICES
+        for port, bindings in composition.container(service)["NetworkSettings"]["Ports"].items()
+        for binding in bindings or []
+    }
+    assert published == {("gateway", "8000/tcp", "127.0.0.1")}
+
+
+def test_only_neighbours_reach_each_other(composition: Composition) -> None:
+    """Gateway to message service to database, nothing else; and only the gateway has a way out."""
+    connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+
+    def reaches(service: str, host: str, port: int) -> bool:
+        command = ["exec", "--no-TTY", service, "python", "-c", connect, host, str(port)]
+        return composition(*command, check=False).returncode == 0
+
+    (database,) = composition.container("postgres")["NetworkSettings"]["Networks"].values()
+    assert reaches("gateway", "message-service", 8001)
+    assert reaches("message-service", "postgres", 5432)
+    assert not reaches("gateway", "postgres", 5432)
+    assert not reaches("gateway", database["IPAddress"], 5432)
+    for service in ("message-service", "postgres"):
+        routes = composition.inside(service, "cat", "/proc/net/route").splitlines()[1:]
+        assert routes
+        assert not [route for route in routes if route.split()[1] == "00000000"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_containers_are_confined(composition: Composition, service: str) -> None:
+    """No root, no capabilities and no way to gain any; nothing to write to but what is declared; limited; restarted."""
+    status = dict(
+        line.split(":\t", 1)
+        for line in composition.inside(service, "cat", "/proc/1/status").splitlines()
+        if ":\t" in line
+    )
+    assert "0" not in status["Uid"].split()
+    assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    host = composition.container(service)["HostConfig"]
+    assert host["ReadonlyRootfs"]
+    assert host["Memory"] > 0
+    assert host["NanoCpus"] > 0
+    assert host["PidsLimit"] > 0
+    assert host["RestartPolicy"]["Name"] == "unless-stopped"
+    if service != "postgres":
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", composition.container(service)["Config"]["User"])
+        assert not composition.inside(service, "find", "/", "-xdev", "-writable", "-type", "f", check=False)
+
+
+def test_the_stop_grace_is_long_enough(composition: Composition) -> None:
+    """Docker kills no server that is still within its own time to drain and to finish."""
+    defaults = {"DRAIN_SECONDS": CommonSettings.drain_seconds, "SHUTDOWN_SECONDS": CommonSettings.shutdown_seconds}
+    for service in ("gateway", "message-service"):
+        config = composition.container(service)["Config"]
+        environment = dict(line.split("=", 1) for line in config["Env"])
+        assert config["StopTimeout"] > sum(float(environment.get(name) or defaults[name]) for name in defaults)
+
+
+async def test_a_killed_database_heals(composition: Composition) -> None:
+    """Clients are told to retry while it is away, and get the message when it is back."""
+    composition("kill", "--signal", "SIGKILL", "postgres")
+    answer = await composition.get()
+    assert answer.status == 503
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert int(answer.headers["Retry-After"]) > 0
+    composition("start", "postgres")
+    await eventually(lambda: answers(composition), within=30)
+
+
+async def test_a_restart_of_the_message_service_is_survived(composition: Composition) -> None:
+    """Under load, clients get the message or are told to retry, nothing else, and then the message again."""
+    url = f"http://{composition('port', 'gateway', '8000').stdout.strip()}/api/string"
+    seen: list[Answer] = []
+
+    async def load() -> None:
+        while True:
+            seen.append(await get(url))
+            await asyncio.sleep(0.02)
+
+    clients = [asyncio.create_task(load()) for _ in range(4)]
+    await asyncio.to_thread(composition, "restart", "message-service")
+    restarted = len(seen)
+    await eventually(lambda: any(answer.status == 200 for answer in seen[restarted:]), within=10)
+    for client in clients:
+        client.cancel()
+    ends = await asyncio.gather(*clients, return_exceptions=True)
+    assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
+    assert {answer.status for answer in seen} == {200, 503}
+    assert all("Retry-After" in answer.headers for answer in seen if answer.status == 503)
+
+
+async def test_messages_outlive_the_containers(composition: Composition) -> None:
+    """A message that somebody changed is still there after `down` and a second `up`."""
+    composition.sql("UPDATE messages SET content = 'changed' WHERE id = 1")
+    composition("down")
+    composition.up()
+    assert await answers(composition, "changed")
+
+
+async def test_any_user_number_will_do(composition: Composition, start: Run) -> None:
+    """Each server answers with a user number that nobody knows, without rights, and on its own network alone."""
+    confined = ["--user", "54321:54321", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    database = [
+        "--network",
+        f"{composition.project}_database",
+        "--env",
+        "DB_HOST=postgres",
+        "--env",
+        f"DB_PASSWORD={PASSWORD}",
+    ]
+    service = start(*confined, *database, command=["message_service"])
+    services = ["--network", f"{composition.project}_services", "--env", "DOWNSTREAM_URL=http://message-service:8001"]
+    gateway = start(*confined, *services, command=["gateway"])
+
+    def served(container: str, path: str) -> bool:
+        return docker("exec", container, "python", "/app", "--healthcheck", path, check=False).returncode == 0
+
+    await eventually(lambda: served(service, "/api/message"), within=10)
+    await eventually(lambda: served(gateway, "/api/string"), within=10)
+    assert docker("exec", gateway, "id", "-u").stdout == docker("exec", service, "id", "-u").stdout == "54321\n"
+
+
+def test_the_image_applies_the_schema(composition: Composition) -> None:
+    """`docker run … IMAGE message_service --apply-schema` fills an empty database."""
+    composition.sql("DROP TABLE messages")
+    done = composition("run", "--rm", "--no-deps", "--no-TTY", "message-service", "message_service", "--apply-schema")
+    assert "applied schema.sql" in done.stdout
+    assert composition.sql("SELECT content FROM messages ORDER BY id LIMIT 1") == f"{GREETING}\n"
+
+
+# ---- what may be set -------------------------------------------------------------------------------------------
+
+
+def publication(**environment: str) -> tuple[str, str]:
+    """The address and port that the composition publishes, with these settings."""
+    text = docker("compose", "--env-file", os.devnull, "config", "--format", "json", environment=environment).stdout
+    (port,) = json.loads(text)["services"]["gateway"]["ports"]
+    return port["host_ip"], port["published"]
+
+
+def test_the_publication_can_be_chosen() -> None:
+    """The loopback's port 8000, unless the user says otherwise."""
+    assert publication() == ("127.0.0.1", "8000")
+    assert publication(PUBLISH="0.0.0.0") == ("0.0.0.0", "8000")
+    assert publication(PUBLISH_PORT="80") == ("127.0.0.1", "80")
+
+
+def test_the_example_has_all_that_can_be_set() -> None:
+    """.env.example lists every variable of docker-compose.yml with its default: copied, it changes nothing."""
+    used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    assert set(re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)) == used
+    without = docker("compose", "--env-file", os.devnull, "config").stdout
+    assert docker("compose", "--env-file", ".env.example", "config").stdout == without
+
+
+def test_the_folder_starts_as_the_image_does() -> None:
+    """`python FOLDER …` is what the container runs, from a checkout too."""
+    assert run(".").returncode == 2
+    assert run(".", "message_service", "--version").stdout == f"message_service {VERSION}\n"
