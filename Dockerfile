@@ -3,7 +3,8 @@
 FROM python:3.13-slim AS packages
 COPY requirements.txt /
 RUN python -m pip install --disable-pip-version-check --root-user-action=ignore --no-cache-dir --no-compile \
-    --require-hashes --only-binary :all: --prefix /packages -r /requirements.txt
+    --require-hashes --only-binary :all: --prefix /packages -r /requirements.txt && \
+    rm -r /packages/bin
 
 FROM python:3.13-slim
 LABEL org.opencontainers.image.title="messages" \

@@ -24,8 +24,10 @@ def main() -> None:
     match sys.argv[1:]:
         case [name, *_] if name in DEFAULT_PORTS:
             run(name)
-        case ["--healthcheck", *path]:
-            sys.exit(check_health(*path))
+        case ["--healthcheck"]:
+            sys.exit(check_health("/healthz"))
+        case ["--healthcheck", path]:
+            sys.exit(check_health(path))
         case ["--help"]:
             print(USAGE)
         case arguments:
@@ -46,7 +48,7 @@ def run(name: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def check_health(path: str = "/healthz") -> str | None:
+def check_health(path: str) -> str | None:
     """What is wrong with the server of this container, or None: an HTTP client of the fewest imports.
 
     It runs every few seconds, and importing an HTTP library would cost more than all the rest of it.
@@ -54,7 +56,6 @@ def check_health(path: str = "/healthz") -> str | None:
     try:
         address = (os.environ.get("HOST") or "localhost", int(os.environ.get("PORT") or default_port()))
         with socket.create_connection(address, HEALTH_CHECK_TIMEOUT) as connection:
-            connection.settimeout(HEALTH_CHECK_TIMEOUT)
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             with connection.makefile("rb") as answer:
                 status_line = answer.readline(1000).decode("latin-1")
