@@ -38,13 +38,18 @@ def main() -> None:
 
 def run(name: str) -> None:
     """Go on as `python -m NAME` with the remaining arguments."""
-    # The kernel drops signals that process 1 does not handle, and importing the server takes a while: without this, a
+    del sys.argv[1]
+
+    def stop(number: int, _frame: object) -> None:
+        # A server that has not begun leaves nothing undone; a command such as --apply-schema does.
+        sys.exit(128 + number if sys.argv[1:] else 0)
+
+    # The kernel drops signals that process 1 does not handle, and importing a server takes a while: without this, a
     # stop in that while would go unnoticed.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, stop)
     import runpy  # here, since the health check must be quick
 
-    del sys.argv[1]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
@@ -66,7 +71,7 @@ def check_health(path: str) -> str | None:
 
 def default_port() -> str:
     """The default port of the server that process 1 was told to be. Raises `OSError` when it is none."""
-    with open("/proc/1/cmdline") as command:  # noqa: PTH123  # pathlib would double the time to start
+    with open("/proc/1/cmdline") as command:  # noqa: PTH123  # pathlib is slow to import
         arguments = command.read().split("\0")
     for name, port in DEFAULT_PORTS.items():
         if name in arguments:

@@ -252,15 +252,18 @@ async def test_a_server_is_process_1_and_stops_at_once(start: Run, name: str) ->
     assert inspect(container)["State"]["ExitCode"] == 0
 
 
-async def test_a_server_stops_while_it_starts(start: Run, tmp_path: Path) -> None:
-    """A stop counts from the first moment, however long it takes to load the server."""
+@pytest.mark.parametrize(
+    ("command", "status"), [(["gateway"], 0), (["message_service", "--apply-schema"], 143)], ids=["server", "command"]
+)
+async def test_a_stop_counts_from_the_first_moment(start: Run, tmp_path: Path, command: list[str], status: int) -> None:
+    """While it still loads, a server ends with status 0; a command that has not done its job ends as one killed."""
     slow = tmp_path / "settings.py"
     slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
     slow.chmod(0o644)
-    container = start("--volume", f"{slow}:/app/settings.py:ro", command=["gateway"])
+    container = start("--volume", f"{slow}:/app/settings.py:ro", command=command)
     await eventually(lambda: docker("logs", container).stdout == "loading\n")
     docker("stop", "--time", "2", container)
-    assert inspect(container)["State"]["ExitCode"] == 0
+    assert inspect(container)["State"]["ExitCode"] == status
 
 
 @pytest.mark.parametrize(
