@@ -339,7 +339,7 @@ def test_containers_are_confined(composition: Composition, service: str) -> None
     assert status["NoNewPrivs"] == "1"
     assert docker("exec", "--user", "0", container, "touch", "/usr/written", check=False).returncode != 0
     host = inspect(container)["HostConfig"]
-    assert min(host["Memory"], host["NanoCpus"], host["PidsLimit"]) > 0
+    assert min(host[limit] or 0 for limit in ("Memory", "NanoCpus", "PidsLimit")) > 0
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
 
 
