@@ -70,7 +70,7 @@ pytestmark = pytest.mark.skipif(not engine_answers(), reason="needs a Docker eng
 def image() -> Iterator[str]:
     """The image, built from the checkout; its name."""
     tag = f"messages-test:{secrets.token_hex(4)}"
-    docker("build", "--tag", tag, ".")
+    docker("compose", "--env-file", os.devnull, "build", environment={"IMAGE": tag})
     yield tag
     docker("image", "rm", "--force", tag)
 
@@ -432,11 +432,25 @@ def test_the_image_applies_the_schema(composition: Composition) -> None:
 # ---- what may be set -------------------------------------------------------------------------------------------
 
 
+def services(**environment: str) -> dict[str, Any]:
+    """The services of docker-compose.yml as Compose sees them, with these settings."""
+    text = docker("compose", "--env-file", os.devnull, "config", "--format", "json", environment=environment).stdout
+    found: dict[str, Any] = json.loads(text)["services"]
+    return found
+
+
 def publication(**environment: str) -> tuple[str, str]:
     """The address and port that the composition publishes, with these settings."""
-    text = docker("compose", "--env-file", os.devnull, "config", "--format", "json", environment=environment).stdout
-    (port,) = json.loads(text)["services"]["gateway"]["ports"]
+    (port,) = services(**environment)["gateway"]["ports"]
     return port["host_ip"], port["published"]
+
+
+def test_both_servers_are_one_image() -> None:
+    """Built once, and not pulled for the other: two builds would be two images."""
+    gateway, service = services()["gateway"], services()["message-service"]
+    assert gateway["image"] == service["image"]
+    assert "build" not in gateway
+    assert gateway["pull_policy"] == "never"
 
 
 def test_the_publication_can_be_chosen() -> None:
