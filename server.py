@@ -91,6 +91,7 @@ class Server(web.Server):
             access_log=None,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
             lingering_time=LINGERING_TIME,
+            auto_decompress=False,  # bodies are thrown away: unpacking them would cost time, and fail with a traceback
         )
 
     async def _readyz(self) -> Answer:
