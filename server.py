@@ -146,6 +146,10 @@ class Server(web.Server):
         elif request.method == "HEAD":
             body = b""
         keep_alive = request.keep_alive and not self.draining
+        if hdrs.UPGRADE in request.headers:  # aiohttp's parser loses what follows an upgrade that nobody takes up
+            keep_alive = False
+        if request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers:  # RFC 9112, 6.1
+            keep_alive = False
         connection = b""
         if not keep_alive:
             connection = b"Connection: close\r\n"
