@@ -271,7 +271,8 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        return self._server.malformed(request, message or repr(exc))
+        # The parser's message goes on with what the client sent, which may be a secret.
+        return self._server.malformed(request, (message or repr(exc)).partition(":")[0][:100])
 
 
 # ---- the life of a server ------------------------------------------------------------------------------------
