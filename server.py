@@ -37,6 +37,7 @@ from settings import setting
 VERSION = "0.1.0"
 
 KEEPALIVE_TIMEOUT = 75.0  # seconds; longer than the 60 for which an AWS load balancer keeps an idle connection
+HALF_CLOSED_TIME = 1.0  # seconds in which a client that has ended its sending side still gets its answer
 LINGERING_TIME = 1.0  # seconds that the rest of a request's body is read and thrown away after the answer
 SEND_TIMEOUT = 10.0  # seconds in which a client has to read enough for the next answer to be sent
 LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its request
@@ -263,6 +264,26 @@ class _Connection(web.RequestHandler):
     def __init__(self, server: Server, **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a request. aiohttp's own time-out of idle connections looks at the same."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp says None, asyncio what is here
+        """Let answers under way still go out; asyncio would close at once.
+
+        A client that has only ended its sending side (`nc -N`) looks like one that has left, for whom nothing should
+        go on for long: hence the time limit.
+        """
+        self._close_when_idle(self._loop.time() + HALF_CLOSED_TIME)
+        return True
+
+    def _close_when_idle(self, deadline: float) -> None:
+        if self.transport and (self.idle or self._loop.time() >= deadline):
+            self.transport.close()
+        elif self.transport:
+            self._loop.call_later(0.01, self._close_when_idle, deadline)
 
     def handle_error(
         self,
