@@ -7,6 +7,7 @@ else waits for it.
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
 import threading
@@ -23,7 +24,7 @@ Result = TypeVar("Result")
 
 
 async def call(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    """Return what `function` returns, or raise what it raises. A cancelled caller leaves the thread to its end."""
+    """Return what `function` returns, or raise what it raises, or `OSError` when no thread can be had. A cancelled caller leaves the thread to its end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 
@@ -44,7 +45,10 @@ async def call(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs)
         with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=work, name=f"blocking {function.__name__}", daemon=True).start()
+    try:
+        threading.Thread(target=work, name=f"blocking {function.__name__}", daemon=True).start()
+    except RuntimeError as error:  # memory or processes are used up
+        raise OSError(errno.EAGAIN, str(error)) from error
     return await future
 
 
