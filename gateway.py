@@ -7,10 +7,12 @@ message service's contract gets through; the gateway stays ready when the messag
 import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 
 import uvloop
 from aiohttp import (
+    AddrInfoType,
     ClientConnectionError,
     ClientError,
     ClientResponse,
@@ -46,6 +49,12 @@ from settings import setting
 MAX_CALLS = 4  # calls to the message service in flight: enough to pass by one that is stuck
 MAX_BODY = 1024 * 1024  # bytes of an answer of the message service
 KEEPALIVE_TIMEOUT = 15.0  # seconds; below the message service's 75, so that it is not the one to close first
+SILENCE = (  # the kernel gives up a host that acknowledges nothing; one that is only slow to answer does not notice
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 1),  # seconds without a packet, after which it is asked
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),  # seconds
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1500),  # milliseconds; past TCP's first repeat of a SYN, at one second
+)
 
 _VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: version 00 has four parts, later ones may have more
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:(?<!^00.{53})-.*)?"
@@ -105,6 +114,21 @@ async def _refuse_second_connection(_session: ClientSession, context: SimpleName
     context.has_connected = True
 
 
+def _make_socket(address: AddrInfoType) -> socket.socket:
+    """A socket for one call, which notices that the message service's host is gone.
+
+    Without it all calls that may be in flight can wait for a host that is gone, or for TCP's ever rarer repeats, while
+    a network that is whole again would have an answer for others.
+    """
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setblocking(False)
+    for level, name, value in SILENCE:
+        if hasattr(socket, name):  # not every system has all of them
+            made.setsockopt(level, getattr(socket, name), value)
+    return made
+
+
 def _media_type(response: ClientResponse) -> str:
     """The media type of a body that can be read as it is; none for one that is compressed, which nobody asked for."""
     return "" if hdrs.CONTENT_ENCODING in response.headers else response.content_type
@@ -149,6 +173,8 @@ def to_problem(error: Exception) -> Problem:
         return error
     if isinstance(error, ClientResponseError):  # what it sent is no HTTP
         return bad_answer(repr(error))
+    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `SILENCE`
+        return answers.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", repr(error))
     return answers.unavailable(MESSAGE_SERVICE, "The message service can not be reached.", repr(error))
 
 
@@ -199,7 +225,11 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
         trace_configs=[connections],
         # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
         connector=TCPConnector(
-            resolver=blocking.Resolver(), use_dns_cache=False, limit=0, keepalive_timeout=KEEPALIVE_TIMEOUT
+            resolver=blocking.Resolver(),
+            use_dns_cache=False,
+            limit=0,
+            keepalive_timeout=KEEPALIVE_TIMEOUT,
+            socket_factory=_make_socket,
         ),
         timeout=ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
         headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},

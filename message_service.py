@@ -7,8 +7,10 @@ nothing blocks the event loop; the password is read for each new connection, and
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
+import os
 import secrets
 import time
 from collections import deque
@@ -117,6 +119,11 @@ class Slot:
         statement_timeout = round((self._options.db_timeout + 1) * 1000)
         self._pool = await aiopg.create_pool(
             self._options.dsn(
+                # The kernel gives up a host that acknowledges nothing, a little later than TCP first repeats a SYN.
+                # Otherwise all connections can wait for a host that is gone, or for TCP's ever rarer repeats.
+                tcp_user_timeout=1500,  # milliseconds
+                keepalives_idle=1,  # seconds
+                keepalives_interval=1,
                 gssencmode="disable",  # libpq may fall back from GSS to another socket; aiopg would not notice
                 options=f"-c statement_timeout={statement_timeout} -c client_connection_check_interval=1000",
             ),
@@ -271,7 +278,7 @@ def content_of(row: tuple[object] | None) -> str:
 def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, told by libpq
         return answers.timed_out(DATABASE, "The database did not answer in time.", cause)
     return answers.unavailable(DATABASE, "The database is not available.", cause)
 
