@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -41,6 +42,8 @@ HALF_CLOSED_TIME = 1.0  # seconds in which a client that has ended its sending s
 LINGERING_TIME = 1.0  # seconds that the rest of a request's body is read and thrown away after the answer
 SEND_TIMEOUT = 10.0  # seconds in which a client has to read enough for the next answer to be sent
 LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its request
+MAX_CONNECTIONS = 16_384  # some 10 kB each; fewer where the system allows fewer open files
+SPARE_FILES = 128  # open files kept for other things than clients: connections to what is behind, name look-ups
 BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
 
 REQUEST: ContextVar[web.BaseRequest] = ContextVar("request")
@@ -72,13 +75,15 @@ class Server(web.Server):
     and could not answer what is no HTTP itself.
     """
 
-    def __init__(self, routes: Mapping[str, Route], access_log: str) -> None:
+    def __init__(self, routes: Mapping[str, Route], access_log: str, max_connections: int) -> None:
         # A handler is cancelled when its client leaves: nobody is left to wait for the answer.
         super().__init__(self._answer, handler_cancellation=True)
         self.draining = False
         self._ready = routes.get("/readyz", always(READY))
         self._routes = {**routes, "/healthz": always(ALIVE), "/readyz": self._readyz, "/metrics": metrics.answer}
         self._access_log = access_log
+        self._max_connections = max_connections
+        self._open_connections = 0
         self._failures = logs.RepeatLog()
         self._in_flight = 0
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
@@ -94,6 +99,29 @@ class Server(web.Server):
             lingering_time=LINGERING_TIME,
             auto_decompress=False,  # bodies are thrown away: unpacking them would cost time, and fail with a traceback
         )
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._open_connections += 1
+        if self._open_connections > self._max_connections:
+            self._make_room(transport)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self._open_connections -= 1
+
+    def _make_room(self, newest: asyncio.Transport) -> None:
+        """Close those that have been idle longest, or the newest when none is: who only holds connections keeps
+        nobody out, probes included.
+        """
+        fields = {"limit": self._max_connections}
+        self._failures.write("full", logging.WARNING, "Too many connections: closing the longest idle.", **fields)
+        idle = [each for each in self.connections if isinstance(each, _Connection) and each.idle]
+        # Some at a time, since looking at all of them takes a while.
+        for connection in sorted(idle, key=lambda each: each.idle_until)[: self._max_connections // 64 + 1]:
+            connection.force_close()
+        if not idle:
+            newest.abort()
 
     async def _readyz(self) -> Answer:
         if self.draining:
@@ -270,6 +298,11 @@ class _Connection(web.RequestHandler):
         """Whether it waits for a request. aiohttp's own time-out of idle connections looks at the same."""
         return self._waiter is not None and not self._waiter.done()
 
+    @property
+    def idle_until(self) -> float:
+        """The event loop's time at which it will have been idle for too long."""
+        return self._next_keepalive_close_time
+
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp says None, asyncio what is here
         """Let answers under way still go out; asyncio would close at once.
 
@@ -324,12 +357,12 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket) 
     stop, hurry = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-    loop.set_exception_handler(_log_stray_error)
+    loop.set_exception_handler(_stray_error_log())
     metrics.set_version(VERSION)
     lag = loop.create_task(metrics.watch_event_loop())
 
     async with start(options) as routes:
-        server = Server(routes, options.access_log)
+        server = Server(routes, options.access_log, allow_connections())
         acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
         host, port = listener.getsockname()[:2]
         logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
@@ -353,10 +386,33 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
 
 
-def _log_stray_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An error that no request waits for: a library's own, or a defect of ours. Never silent."""
-    error = context.get("exception")
-    logs.log(logging.ERROR, context["message"], cause=repr(error) if error else None, exception=error)
+def allow_connections() -> int:
+    """Allow this process the open files it may need, if the system lets it. Return for how many connections they do.
+
+    The usual soft limit, 1024, is there for programs that call `select`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return soft - min(SPARE_FILES, soft // 2)
+    return MAX_CONNECTIONS
+
+
+def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Log errors that no request waits for: a library's own, or a defect of ours. Never silent.
+
+    Without open files left, asyncio tells so some thousand times at once.
+    """
+    lines = logs.RepeatLog()
+
+    def write(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        message, error = context["message"], context.get("exception")
+        cause = repr(error) if error else None
+        lines.write((message, cause), logging.ERROR, message, cause=cause, exception=error)
+
+    return write
 
 
 def listen(host: str, port: int) -> socket.socket:
