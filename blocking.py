@@ -24,7 +24,10 @@ Result = TypeVar("Result")
 
 
 async def call(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    """Return what `function` returns, or raise what it raises, or `OSError` when no thread can be had. A cancelled caller leaves the thread to its end."""
+    """Return what `function` returns, or raise what it raises; OSError when no thread can be started.
+
+    A cancelled caller leaves the thread to its end.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 
