@@ -32,6 +32,7 @@ from aiohttp import (
     TCPConnector,
     TraceConfig,
     hdrs,
+    web,
 )
 from yarl import URL
 
@@ -89,18 +90,21 @@ class MessageService:
             async with self._session.get(self._url, headers=headers, allow_redirects=False) as response:
                 content = read_content(response.status, _media_type(response), await _read_body(response))
         except (ClientError, OSError, Problem) as error:
-            problem = to_problem(error)
-            if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                self._outage.failed()
-                metrics.count_dependency_error(problem.kind)
-            problem.downstream_request_id = request[REQUEST_ID]
-            raise problem from error
+            raise self.failed(to_problem(error), request) from error
         self._outage.succeeded()
         timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
         behind = response.headers.get("Server-Timing", "")
         if _VALID_SERVER_TIMING(behind):
             timing += f", {behind}"
         return answers.json_answer("result", content, {"Server-Timing": timing})
+
+    def failed(self, problem: Problem, request: web.BaseRequest) -> Problem:
+        """Remember a failure of the call that was made in the name of this request, and return it."""
+        if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            self._outage.failed()
+            metrics.count_dependency_error(problem.kind)
+        problem.downstream_request_id = request[REQUEST_ID]
+        return problem
 
 
 async def _refuse_second_connection(_session: ClientSession, context: SimpleNamespace, _: object) -> None:
@@ -110,7 +114,7 @@ async def _refuse_second_connection(_session: ClientSession, context: SimpleName
     was kept from before, but a service that closes new ones would only see each request twice.
     """
     if getattr(context, "has_connected", False):
-        raise ClientConnectionError("it closed a new connection without an answer")
+        raise ClientConnectionError("a new connection ended without an answer")
     context.has_connected = True
 
 
@@ -249,8 +253,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
             except RunTimeoutError as error:
                 detail = "The message service did not answer in time."
                 problem = answers.timed_out(MESSAGE_SERVICE, detail, "no answer")
-                problem.downstream_request_id = error.context[REQUEST][REQUEST_ID]
-                raise problem from error
+                raise message_service.failed(problem, error.context[REQUEST]) from error
 
         yield {
             "/api/string": string,
