@@ -1,0 +1,123 @@
+"""openapi.yaml says what the gateway does: all of it, and nothing else.
+
+Schemathesis compares the answers of the running system with the description: status, header fields, body, and that
+other methods are refused. What it can not bring about, the failures, is brought about here.
+"""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openapi_spec_validator
+import pytest
+import schemathesis
+import yaml
+from conftest import Start, System
+from kit import ROOT, eventually
+from kit.client import get
+from kit.postgres import Database
+from schemathesis.checks import not_a_server_error
+
+import gateway
+import server
+
+FILE = ROOT / "openapi.yaml"
+TRANSPORT = {"Content-Type", "Content-Length", "Connection"}  # of HTTP itself, not described
+
+
+@pytest.fixture(scope="module")
+def description() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(FILE.read_text())
+    return content
+
+
+def test_it_is_valid(description: dict[str, Any]) -> None:
+    """Tools that read OpenAPI 3.1 can read it."""
+    openapi_spec_validator.validate(description)
+
+
+def test_it_is_of_this_version(description: dict[str, Any]) -> None:
+    """The version that the servers log."""
+    assert description["info"]["version"] == server.VERSION
+
+
+async def test_it_lists_the_routes_that_there_are(description: dict[str, Any]) -> None:
+    """A route can not be forgotten in it, and none is made up."""
+    async with gateway.start(gateway.Settings()) as routes:
+        there_are = server.Server(routes, "off")._routes.keys()
+    assert description["paths"].keys() == there_are
+    for path, operations in description["paths"].items():
+        assert operations.keys() == {"get", "head"}, path
+
+
+async def test_the_gateway_serves_it(system: System) -> None:
+    """As it is, where the page says it is."""
+    answer = await get(system.gateway.url + "/openapi.yaml")
+    assert (answer.status, answer.body) == (200, FILE.read_bytes())
+    assert answer.headers["Content-Type"] == "application/yaml"  # RFC 9512
+
+
+def test_schemathesis_finds_nothing(system: System, tmp_path: Path) -> None:
+    """Whatever is sent, the answers are as described."""
+    command = [Path(sys.executable).with_name("schemathesis"), "run", FILE, "--url", system.gateway.url, "--no-color"]
+    options = ["--max-examples=10", "--generation-deterministic"]
+    ended = subprocess.run(
+        [*command, *options],
+        cwd=tmp_path,  # it leaves files behind
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Operations:       12 selected / 12 total" in ended.stdout
+
+
+async def check(url: str, path: str, *expected: object) -> None:
+    """The answers to GET and HEAD are `expected` (status, type's last part, failed part) and as described."""
+    operations = schemathesis.openapi.from_path(FILE)[path]
+    for method in ("GET", "HEAD"):
+        answer = await asyncio.to_thread(
+            operations[method].Case().call_and_validate, base_url=url, excluded_checks=[not_a_server_error]
+        )
+        status = answer.status_code
+        if method == "GET":
+            problem = answer.json()
+            assert (status, problem["type"].rpartition(":")[2], problem.get("part")) == expected
+            assert problem["request_id"] == answer.headers["x-request-id"][0]
+        described = operations[method].definition.raw["responses"][str(status)]
+        if "$ref" in described:
+            described = yaml.safe_load(FILE.read_text())["components"]["responses"][described["$ref"].split("/")[-1]]
+        fields = {name.lower() for name in answer.headers} - {name.lower() for name in TRANSPORT}
+        assert fields == {name.lower() for name in described["headers"]}, (method, status)
+
+
+async def test_every_failure_is_as_described(start: Start, database: Database) -> None:
+    """Status, header fields, type, and which part failed."""
+    service = await start("message_service", **database.settings(), DB_TIMEOUT=0.5)
+    url = (await start("gateway", DOWNSTREAM_URL=service.url, DOWNSTREAM_TIMEOUT=1)).url
+    assert (await get(url + "/api/string")).status == 200
+    with database.locked():
+        await check(url, "/api/string", 504, "timeout", "database")
+    database.sql("DELETE FROM messages")
+    await check(url, "/api/string", 404, "no-message", None)
+    database.sql("DROP TABLE messages")
+    await check(url, "/api/string", 503, "unavailable", "database")
+    service.freeze()
+    await check(url, "/api/string", 504, "timeout", "message_service")
+    service.kill()
+    await check(url, "/api/string", 503, "unavailable", "message_service")
+    other = await start("gateway", DOWNSTREAM_URL=url)
+    await check(other.url, "/api/string", 502, "bad-downstream", "message_service")
+
+
+async def test_a_server_that_is_about_to_stop_is_as_described(start: Start) -> None:
+    """It is alive, and says that it is not ready."""
+    stopping = await start("gateway", DRAIN_SECONDS=20)
+    stopping.terminate()
+    await eventually(lambda: stopping.logged(message="draining"))
+    await check(stopping.url, "/readyz", 503, "not-ready", None)
+    stopping.terminate()
+    assert await stopping.exit_status() == 0
