@@ -61,10 +61,10 @@ async def test_the_gateway_serves_it(system: System) -> None:
 
 def test_schemathesis_finds_nothing(system: System, tmp_path: Path) -> None:
     """Whatever is sent, the answers are as described."""
-    command = [Path(sys.executable).with_name("schemathesis"), "run", FILE, "--url", system.gateway.url, "--no-color"]
-    options = ["--max-examples=10", "--generation-deterministic"]
+    program = Path(sys.executable).with_name("schemathesis")
+    options = ["--url", system.gateway.url, "--max-examples=10", "--generation-deterministic", "--no-color"]
     ended = subprocess.run(
-        [*command, *options],
+        [program, "run", FILE, *options],
         cwd=tmp_path,  # it leaves files behind
         capture_output=True,
         text=True,

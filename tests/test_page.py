@@ -1,0 +1,288 @@
+"""The page at / in a real browser, Debian's Chromium: what a person sees when all is well and when something fails.
+
+After each test its page has to be without faults: no error in the console, nothing that the Content-Security-Policy
+refused, nothing asked of anybody but the gateway.
+"""
+
+import re
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Literal
+
+import pytest
+import pytest_asyncio
+from axe_playwright_python.async_playwright import Axe
+from conftest import Start, System
+from kit import eventually, reserve_port
+from kit.client import get
+from kit.postgres import Cluster
+from playwright.async_api import Browser, ConsoleMessage, Page, Request, ViewportSize, async_playwright
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # one browser for all tests
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # Playwright adds what else keeps a browser quiet
+DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
+RED = "rgb(179, 38, 30)"
+UP = {"gateway": "up", "service": "up", "database": "up"}
+
+Show = Callable[..., Awaitable[Page]]
+Scheme = Literal["light", "dark"]
+
+
+class Faults:
+    """What goes wrong in a page without being seen."""
+
+    def __init__(self, page: Page, origin: str) -> None:
+        self.origin = origin
+        self.found: list[str] = []
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.found.append(str(error)))
+        page.on("request", self._request)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        # Chromium itself records each failed fetch as an error. A page can not prevent that, and showing those
+        # failures is what it is for; so the record is left out for what it polls, and for nothing else.
+        polled = message.location["url"] in (f"{self.origin}/api/string", f"{self.origin}/healthz")
+        if not (polled and message.text.startswith("Failed to load resource: ")) and message.type != "log":
+            self.found.append(message.text)
+
+    def _request(self, request: Request) -> None:
+        if not request.url.startswith((self.origin + "/", "data:")):
+            self.found.append(f"asked for {request.url}")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("the page is not tested in a browser: there is no chromium (Debian: apt-get install chromium)")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def show(browser: Browser) -> AsyncIterator[Show]:
+    """Shows the page of a gateway: `await show(url, size=PHONE, scheme="dark")`."""
+    shown = []
+
+    async def show(
+        url: str, *, size: ViewportSize = DESKTOP, scheme: Scheme = "light", fake_clock: bool = False
+    ) -> Page:
+        page = await browser.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
+        shown.append((page, Faults(page, url)))
+        if fake_clock:
+            await page.clock.install()
+        await page.goto(url)
+        await page.locator("#state:not([data-state=unknown])").wait_for()
+        return page
+
+    yield show
+    for page, _ in shown:
+        await page.close()
+    assert [fault for _, faults in shown for fault in faults.found] == []
+
+
+async def states(page: Page) -> dict[str, str]:
+    """The word in each box."""
+    return {part: await page.locator(f"#{part} .word").inner_text() for part in UP}
+
+
+async def red(page: Page) -> list[str]:
+    """The boxes with a red border."""
+    colours = "boxes => boxes.map(box => [box.id, getComputedStyle(box).borderTopColor])"
+    return [part for part, colour in await page.locator(".part").evaluate_all(colours) if colour == RED]
+
+
+async def becomes(page: Page, expected: dict[str, str], down: list[str]) -> None:
+    async def reached() -> bool:
+        assert (await states(page), await red(page)) == (expected, down)
+        return True
+
+    await eventually(reached, within=10, every=0.1)
+
+
+async def shown(page: Page) -> str:
+    """The message as the page shows it."""
+    return await page.locator("#message").inner_text()
+
+
+async def test_curl_is_told_where_the_api_is(system: System) -> None:
+    """In the first lines of what is HTML."""
+    answer = await get(system.gateway.url + "/")
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    first = "\n".join(answer.body.decode().splitlines()[:5])
+    assert "curl http://localhost:8000/api/string" in first
+    assert "/openapi.yaml" in first
+    assert "/metrics" in first
+
+
+async def test_it_shows_the_message_and_what_it_took(system: System, show: Show) -> None:
+    """The message, that all parts are up and since when, and the time of each hop; a new message without reloading."""
+    page = await show(system.gateway.url)
+    assert await shown(page) == (await get(system.gateway.url + "/api/string")).json()["result"]
+    await becomes(page, UP, down=[])
+    for part in UP:
+        assert re.fullmatch(r"since \d\d:\d\d:\d\d", await page.locator(f"#{part} .since").inner_text())
+        assert re.fullmatch(r"[\d.]+ ms", await page.locator(f"#to-{part} .time").inner_text())
+        assert await page.locator(f"#plot .{part}").count()
+    assert await page.title() == "Messages"
+    system.database.set_message("Another one.")
+    await eventually(lambda: is_shown(page, "Another one."))
+
+
+async def is_shown(page: Page, message: str) -> bool:
+    assert await shown(page) == message
+    return True
+
+
+async def test_whatever_the_database_holds_is_text(system: System, show: Show) -> None:
+    """Markup is shown as it is written, and does nothing."""
+    evil = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">\n\t<b>&amp;"
+    system.database.set_message(evil)
+    page = await show(system.gateway.url)
+    assert await page.locator("#message").text_content() == evil
+    assert await page.locator("#message *").count() == 0
+    assert await page.title() == "Messages"
+
+
+async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: Show) -> None:
+    """PostgreSQL, the message service, the gateway: each when it is stopped, in plain words, until it is back."""
+    with reserve_port() as front, reserve_port() as behind:
+        ports = front.getsockname()[1], behind.getsockname()[1]
+        settings = cluster.database().settings()
+        service = await start("message_service", PORT=ports[1], **settings)
+        gateway = await start("gateway", PORT=ports[0], DOWNSTREAM_URL=service.url)
+        page = await show(gateway.url)
+        message = await shown(page)
+
+        async def says(title: str) -> None:
+            assert await page.locator("#state").inner_text() == title
+            assert await page.locator("#problem h2").inner_text() == title
+            assert await page.title() == f"{title} · Messages"
+            assert await shown(page) == message  # the last one, said to be that
+            assert "last message" in await page.locator("#read").inner_text()
+
+        cluster.stop()
+        await becomes(page, UP | {"database": "down"}, down=["database"])
+        await says("PostgreSQL is not available")
+        assert "503" in await page.locator("#problem").inner_text()
+        cluster.start()
+        await becomes(page, UP, down=[])
+        assert not await page.locator("#problem").is_visible()
+
+        service.kill()
+        await becomes(page, {"gateway": "up", "service": "down", "database": "unknown"}, down=["service"])
+        await says("The message service can not be reached")
+        await start("message_service", PORT=ports[1], **settings)
+        await becomes(page, UP, down=[])
+
+        gateway.kill()
+        await becomes(page, {"gateway": "down", "service": "unknown", "database": "unknown"}, down=["gateway"])
+        await says("The gateway can not be reached")
+        await start("gateway", PORT=ports[0], DOWNSTREAM_URL=service.url)
+        await becomes(page, UP, down=[])
+
+
+async def test_an_empty_table_is_nobodys_failure(system: System, show: Show) -> None:
+    """All parts are up, and the page says what is missing."""
+    system.database.sql("ALTER TABLE messages RENAME TO kept")
+    system.database.sql("CREATE TABLE messages (LIKE kept INCLUDING ALL)")
+    try:
+        page = await show(system.gateway.url)
+        assert (await states(page), await red(page)) == (UP, [])
+        assert await page.locator("#problem h2").inner_text() == "There is no message"
+    finally:
+        system.database.sql("DROP TABLE messages")
+        system.database.sql("ALTER TABLE kept RENAME TO messages")
+
+
+async def runs(system: System) -> float:
+    """How many queries the message service has made."""
+    metrics = (await get(system.service.url + "/metrics")).body.decode()
+    return sum(float(value) for value in re.findall(r"^coalescing_runs_total{.*} (.*)$", metrics, re.MULTILINE))
+
+
+async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Show) -> None:
+    """By keyboard: 300 requests; the number of queries is the one that the message service counts."""
+    page = await show(system.gateway.url)
+    await page.get_by_role("button", name="Pause").click()  # so that nothing else is counted
+    send = page.get_by_role("button", name="Send 300 requests")
+    for _ in range(5):  # as long as the machine's network changes, Chromium asks again for what it has dropped
+        before = await runs(system)
+        await send.focus()
+        await page.keyboard.press("Enter")
+        await page.locator("#send:not([aria-disabled])").wait_for()
+        result = await page.locator("#result").inner_text()
+        answered = re.fullmatch(r"300 answers, (\d+) quer\w+\s+in [\d.]+ seconds, 6 requests at a time\.\s*", result)
+        assert answered, result
+        queries = int(answered[1])
+        counted = await runs(system) - before
+        if queries == counted:
+            break
+    assert queries == counted
+    assert queries < 200
+    assert await page.locator("#dots span").count() == queries
+    assert await page.locator("#dots i").count() == 300
+
+
+async def test_it_asks_politely(start: Start, show: Show) -> None:
+    """Once a second; less when nobody looks; not at all while paused; never a second time while it waits."""
+    gateway = await start("gateway", DOWNSTREAM_URL=(await start("gateway")).url)
+    page = await show(gateway.url, fake_clock=True)
+    asked = 0
+    answered = 0
+
+    def count(request: Request) -> None:
+        nonlocal asked
+        asked += request.url.endswith("/api/string")
+
+    def finished(request: Request) -> None:
+        nonlocal answered
+        answered += request.url.endswith("/api/string")
+
+    page.on("request", count)
+    page.on("requestfinished", finished)
+
+    async def within(seconds: int, *, all_answered: bool = True) -> int:
+        nonlocal asked, answered
+        asked = answered = 0
+        for _ in range(seconds):
+            await page.clock.run_for(1000)
+            if all_answered:
+                await eventually(lambda: answered == asked)
+                await page.evaluate("new Promise(done => queueMicrotask(done))")
+        return asked
+
+    assert 3 <= await within(5) <= 6
+    await page.evaluate("""() => {
+        Object.defineProperty(document, "hidden", { get: () => window.away ?? true, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }""")
+    assert 2 <= await within(40) <= 4
+    await page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+    assert 3 <= await within(5) <= 6
+    await page.get_by_role("button", name="Pause").click()
+    assert await within(5) == 0
+    gateway.freeze()
+    await page.get_by_role("button", name="Go on").click()
+    assert await within(8, all_answered=False) == 1
+    gateway.resume()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_everybody_can_use_it(start: Start, system: System, show: Show, scheme: Scheme) -> None:
+    """axe-core finds nothing, well or not, on a desk and on a phone; nothing is wider than the window."""
+    system.database.set_message("A long message: " + "word " * 500 + "x" * 500)
+    well = await show(system.gateway.url, scheme=scheme)
+    await well.get_by_role("button", name="Send 300 requests").click()
+    await well.locator("#dots i").nth(1).wait_for()
+    broken = await show((await start("gateway", DOWNSTREAM_URL=system.gateway.url)).url, scheme=scheme, size=PHONE)
+    for page in (well, broken):
+        report = await Axe().run(page)
+        assert report.violations_count == 0, report.generate_report()
+    for page in (well, broken):
+        for width in (1280, 390, 320):
+            await page.set_viewport_size({"width": width, "height": 800})
+            assert await page.evaluate("document.documentElement.scrollWidth") == width
