@@ -38,6 +38,7 @@ from yarl import URL
 
 import answers
 import blocking
+import life_cycle
 import logs
 import metrics
 import server
@@ -64,7 +65,7 @@ _VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(server.CommonSettings):
+class Settings(life_cycle.CommonSettings):
     port: int = setting(8000, settings.PORT, "where to listen")
     downstream_url: URL = setting(URL("http://localhost:8001"), settings.BASE_URL, "the message service")
     downstream_timeout: float = setting(5.0, settings.seconds(), "for the whole call of the message service")
@@ -263,7 +264,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
 
 
 if __name__ == "__main__":
-    server.main(
+    life_cycle.main(
         "gateway",
         "Answers /api/string with what the message service says.",
         Settings,

@@ -25,6 +25,7 @@ from psycopg2.extensions import make_dsn
 
 import answers
 import blocking
+import life_cycle
 import logs
 import metrics
 import server
@@ -47,7 +48,7 @@ FAILURES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(server.CommonSettings):
+class Settings(life_cycle.CommonSettings):
     port: int = setting(8001, settings.PORT, "where to listen")
     db_host: str = setting("localhost", settings.TEXT, "PostgreSQL's name or address; /… is a socket folder")
     db_port: int = setting(5432, settings.PORT, "PostgreSQL's port")
@@ -332,7 +333,7 @@ def apply_schema(options: Settings) -> str:
 
 
 if __name__ == "__main__":
-    server.main(
+    life_cycle.main(
         "message_service",
         "Answers /api/message with the string stored in PostgreSQL.",
         Settings,

@@ -1,30 +1,23 @@
-"""What both servers share: requests in and out, probes, the command line, and the life of a server.
+"""What both servers share of HTTP: requests in, responses out, probes, connections.
 
 Rules kept here: every answer carries the request's id and never the software's name; whatever happens, what the HTTP
-parser refuses included, becomes an answer; little is made anew for each request; and a server ends by itself within
-its time, whatever its clients do.
+parser refuses included, becomes an answer; little is made anew for each request; no client can keep others out, or
+hold what it does not use.
 """
 
-import argparse
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import itertools
 import logging
-import os
 import re
-import resource
 import secrets
-import signal
-import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -32,20 +25,16 @@ from aiohttp.abc import AbstractStreamWriter
 import answers
 import logs
 import metrics
-import settings
 from answers import Answer, Problem
-from settings import setting
 
 VERSION = "0.1.0"
 
 KEEPALIVE_TIMEOUT = 75.0  # seconds; longer than the 60 for which an AWS load balancer keeps an idle connection
 HALF_CLOSED_TIME = 1.0  # seconds in which a client that has ended its sending side still gets its answer
+HALF_CLOSED_LOOKS = 0.01  # seconds between two looks at whether it has got it
 LINGERING_TIME = 1.0  # seconds that the rest of a request's body is read and thrown away after the answer
 SEND_TIMEOUT = 10.0  # seconds in which a client has to read enough for the next answer to be sent
 LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its request
-MAX_CONNECTIONS = 16_384  # some 10 kB each; fewer where the system allows fewer open files
-SPARE_FILES = 128  # open files kept for other things than clients: connections to what is behind, name look-ups
-BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
 
 REQUEST: ContextVar[web.BaseRequest] = ContextVar("request")
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -66,7 +55,7 @@ def always(answer: Answer) -> Route:
 READY = Answer(HTTPStatus.OK, "application/json", b'{"status": "ready"}')
 ALIVE = Answer(HTTPStatus.OK, "application/json", b'{"status": "alive"}')
 
-# ---- requests and responses ----------------------------------------------------------------------------------
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 _Handler = Callable[[Any], Awaitable[web.StreamResponse]]
 
@@ -88,10 +77,10 @@ class Server(web.Server):
         self._max_connections = max_connections
         self._open_connections = 0
         self._failures = logs.RepeatLog()
-        self._in_flight = 0
+        self._in_flight: set[web.RequestHandler] = set()  # connections with a request in hand
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
         self._date_of_second = (0, b"")
-        metrics.read_active_requests(lambda: self._in_flight)
+        metrics.read_active_requests(lambda: len(self._in_flight))
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(
@@ -114,17 +103,19 @@ class Server(web.Server):
         self._open_connections -= 1
 
     def _make_room(self, newest: asyncio.Transport) -> None:
-        """Close those that have been idle longest, or the newest when none is: who only holds connections keeps
-        nobody out, probes included.
+        """Close some of the oldest that are idle, or the newest when none is: who only holds connections keeps nobody
+        out, probes included.
         """
-        fields = {"limit": self._max_connections}
-        self._failures.write("full", logging.WARNING, "Too many connections: closing the longest idle.", **fields)
-        idle = [each for each in self.connections if isinstance(each, _Connection) and each.idle]
-        # Some at a time, since looking at all of them takes a while.
-        for connection in sorted(idle, key=lambda each: each.idle_until)[: self._max_connections // 64 + 1]:
+        limit = self._max_connections
+        self._failures.write("full", logging.WARNING, "too many connections: closing the oldest idle ones", limit=limit)
+        idle = [connection for connection in self.connections if self.is_idle(connection)]
+        for connection in idle[: limit // 64 + 1]:  # not one at a time, since looking at all of them takes a while
             connection.force_close()
         if not idle:
             newest.abort()
+
+    def is_idle(self, connection: web.RequestHandler) -> bool:
+        return connection not in self._in_flight
 
     async def _readyz(self) -> Answer:
         if self.draining:
@@ -135,7 +126,7 @@ class Server(web.Server):
         started = time.perf_counter()
         request[REQUEST_ID] = self._request_id(request)
         REQUEST.set(request)
-        self._in_flight += 1
+        self._in_flight.add(request.protocol)
         failure = None
         try:
             answer = await self._route(request)()
@@ -145,7 +136,7 @@ class Server(web.Server):
             failure = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This server made a mistake.", cause=repr(error))
             failure.__cause__ = error
         finally:
-            self._in_flight -= 1
+            self._in_flight.discard(request.protocol)
         if failure:
             answer = failure.answer(request[REQUEST_ID])
         response = self._response(request, answer)
@@ -240,21 +231,25 @@ class Server(web.Server):
         deadline = time.monotonic() + timeout
         grace = time.monotonic() + min(timeout, LAST_REQUESTS)
         while self.connections and time.monotonic() < grace and not hurry.is_set():
-            await _wait(hurry, 0.01)
+            await wait_for_event(hurry, 0.01)
         self.pre_shutdown()
         while self._busy() and time.monotonic() < deadline and not hurry.is_set():
-            await _wait(hurry, 0.01)
+            await wait_for_event(hurry, 0.01)
         # aiohttp waits twice as long as it is told here, and for ever for 0. All waiting has been done above.
         await self.shutdown(0.01)
 
     def _busy(self) -> bool:
         """Whether a request is in flight, or an answer not yet with the kernel."""
-        return self._in_flight > 0 or any(
+        return bool(self._in_flight) or any(
             connection.transport and connection.transport.get_write_buffer_size() for connection in self.connections
         )
 
 
-_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set, but not longer than this."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _instrumented(handler: _Handler) -> _Handler:
@@ -306,30 +301,26 @@ class _Connection(web.RequestHandler):
         super().__init__(server, **options)
         self._server = server
 
-    @property
-    def idle(self) -> bool:
-        """Whether it waits for a request. aiohttp's own time-out of idle connections looks at the same."""
-        return self._waiter is not None and not self._waiter.done()
-
-    @property
-    def idle_until(self) -> float:
-        """The event loop's time at which it will have been idle for too long."""
-        return self._next_keepalive_close_time
-
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp says None, asyncio what is here
         """Let answers under way still go out; asyncio would close at once.
 
         A client that has only ended its sending side (`nc -N`) looks like one that has left, for whom nothing should
         go on for long: hence the time limit.
         """
-        self._close_when_idle(self._loop.time() + HALF_CLOSED_TIME)
+        loop = asyncio.get_running_loop()
+        loop.call_later(HALF_CLOSED_LOOKS, self._close_when_idle, loop.time() + HALF_CLOSED_TIME, False)
         return True
 
-    def _close_when_idle(self, deadline: float) -> None:
-        if self.transport and (self.idle or self._loop.time() >= deadline):
+    def _close_when_idle(self, deadline: float, was_idle: bool) -> None:
+        """Idle is who is so twice in a row: the next of several requests may be about to be taken in hand."""
+        if self.transport is None:
+            return
+        loop = asyncio.get_running_loop()
+        idle = self._server.is_idle(self)
+        if (idle and was_idle) or loop.time() >= deadline:
             self.transport.close()
-        elif self.transport:
-            self._loop.call_later(0.01, self._close_when_idle, deadline)
+        else:
+            loop.call_later(HALF_CLOSED_LOOKS, self._close_when_idle, deadline, idle)
 
     def handle_error(
         self,
@@ -340,148 +331,3 @@ class _Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         # The parser's message goes on with what the client sent, which may be a secret.
         return self._server.malformed(request, (message or repr(exc)).partition(":")[0][:100])
-
-
-# ---- the life of a server ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class CommonSettings:
-    """What both servers can be told."""
-
-    host: str = setting("", settings.TEXT, "address to listen on", shown="all, IPv4 and IPv6")
-    port: int = setting(0, settings.PORT, "where to listen")
-    log_level: str = setting("info", settings.one_of("debug", "info", "warning", "error"), "least level to log")
-    log_format: str | None = setting(
-        None, settings.one_of("json", "text"), "form of a log line", shown="text on a terminal, else json"
-    )
-    access_log: str = setting("errors", settings.one_of("all", "errors", "off"), "requests to log")
-    drain_seconds: float = setting(0.0, settings.seconds(zero=True), "after SIGTERM: unready but still accepting")
-    shutdown_seconds: float = setting(10.0, settings.seconds(zero=True), "then: time for requests in flight")
-
-
-Start = Callable[[Any], contextlib.AbstractAsyncContextManager[Mapping[str, Route]]]
-"""Opens what a server needs for its routes, and closes it at the end. Must not wait for any other part."""
-
-
-async def serve(start: Start, options: CommonSettings, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
-    loop = asyncio.get_running_loop()
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-    loop.set_exception_handler(_stray_error_log())
-    metrics.set_version(VERSION)
-    lag = loop.create_task(metrics.watch_event_loop())
-
-    async with start(options) as routes:
-        server = Server(routes, options.access_log, allow_connections())
-        acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
-        host, port = listener.getsockname()[:2]
-        logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
-        await stop.wait()
-        # 1. Unready, but still accepting: load balancers need their time to look elsewhere.
-        server.draining = True
-        logs.log(logging.INFO, "draining", drain_s=options.drain_seconds)
-        await _wait(hurry, options.drain_seconds)
-        # 2. No new connections.
-        acceptor.close()
-        # 3. What is in flight is finished.
-        await server.finish(hurry, options.shutdown_seconds)
-        # 4. The session or the pool is closed, by leaving the context.
-    lag.cancel()
-    logs.log(logging.INFO, "stopped")
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-
-
-def allow_connections() -> int:
-    """Allow this process the open files it may need, if the system lets it. Return for how many connections they do.
-
-    The usual soft limit, 1024, is there for programs that call `select`.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return soft - min(SPARE_FILES, soft // 2)
-    return MAX_CONNECTIONS
-
-
-def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """Log errors that no request waits for: a library's own, or a defect of ours. Never silent.
-
-    Without open files left, asyncio tells so some thousand times at once.
-    """
-    lines = logs.RepeatLog()
-
-    def write(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        message, error = context["message"], context.get("exception")
-        cause = repr(error) if error else None
-        lines.write((message, cause), logging.ERROR, message, cause=cause, exception=error)
-
-    return write
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Bind at once, so that an address in use is known before anything starts. Raises `OSError`."""
-    if host:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # IPv6 is switched off, or the port in use: the next line tells
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
-    return socket.create_server(("", port), backlog=BACKLOG)
-
-
-# ---- the command line ----------------------------------------------------------------------------------------
-
-
-def main(
-    name: str,
-    description: str,
-    declaration: type[CommonSettings],
-    start: Start,
-    *,
-    actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-) -> NoReturn:
-    """Run a server, or one of `actions` (option: what to do with the settings, its help)."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=description,
-        epilog=f"Settings are environment variables:\n{settings.table(declaration)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"{name} {VERSION}")
-    for option, (function, meaning) in (actions or {}).items():
-        parser.add_argument(option, action="store_const", const=function, dest="action", help=meaning)
-    action = getattr(parser.parse_args(), "action", None)
-    try:
-        options = settings.read(declaration, os.environ)
-    except settings.SettingsError as error:
-        _exit(name, 2, *error.problems)
-    try:
-        if action:
-            print(action(options))
-            sys.exit(0)
-        listener = listen(options.host, options.port)
-    except Exception as error:
-        where = "" if action else f"cannot listen on {options.host or 'any address'}, port {options.port}: "
-        _exit(name, 1, where + " ".join(str(error).split()))
-    logs.configure(name, options.log_level, options.log_format)
-    with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(serve(start, options, listener))
-    logging.shutdown()
-    sys.exit(0)
-
-
-def _exit(name: str, status: int, *lines: str) -> NoReturn:
-    for line in lines:
-        print(f"{name}: {line}", file=sys.stderr)
-    sys.exit(status)

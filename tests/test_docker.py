@@ -19,7 +19,8 @@ from kit import ROOT, eventually
 from kit.client import Answer, get
 from kit.processes import run
 
-from server import VERSION, CommonSettings
+from life_cycle import CommonSettings
+from server import VERSION
 
 SERVERS = ["gateway", "message_service"]
 SERVICES = ["gateway", "message-service", "postgres"]

@@ -1,0 +1,164 @@
+"""The life of a server: its command line, its settings, its start, and its end step by step.
+
+Rules kept here: what is wrong with the settings or the address is said before anything starts; a server listens at
+once, whatever the state of the parts behind it; and it ends by itself within its time, whatever its clients do.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import logs
+import metrics
+import settings
+from server import VERSION, Route, Server, wait_for_event
+from settings import setting
+
+MAX_CONNECTIONS = 16_384  # some 10 kB each; fewer where the system allows fewer open files
+SPARE_FILES = 128  # open files kept for other things than clients: connections to what is behind, name look-ups
+BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonSettings:
+    """What both servers can be told."""
+
+    host: str = setting("", settings.TEXT, "address to listen on", shown="all, IPv4 and IPv6")
+    port: int = setting(0, settings.PORT, "where to listen")
+    log_level: str = setting("info", settings.one_of("debug", "info", "warning", "error"), "least level to log")
+    log_format: str | None = setting(
+        None, settings.one_of("json", "text"), "form of a log line", shown="text on a terminal, else json"
+    )
+    access_log: str = setting("errors", settings.one_of("all", "errors", "off"), "requests to log")
+    drain_seconds: float = setting(0.0, settings.seconds(zero=True), "after SIGTERM: unready but still accepting")
+    shutdown_seconds: float = setting(10.0, settings.seconds(zero=True), "then: time for requests in flight")
+
+
+Start = Callable[[Any], contextlib.AbstractAsyncContextManager[Mapping[str, Route]]]
+"""Opens what a server needs for its routes, and closes it at the end. Must not wait for any other part."""
+
+
+async def serve(start: Start, options: CommonSettings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
+    loop = asyncio.get_running_loop()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    loop.set_exception_handler(_stray_error_log())
+    metrics.set_version(VERSION)
+    lag = loop.create_task(metrics.watch_event_loop())
+
+    async with start(options) as routes:
+        server = Server(routes, options.access_log, allow_connections())
+        acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
+        host, port = listener.getsockname()[:2]
+        logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
+        await stop.wait()
+        # 1. Unready, but still accepting: load balancers need their time to look elsewhere.
+        server.draining = True
+        logs.log(logging.INFO, "draining", drain_s=options.drain_seconds)
+        await wait_for_event(hurry, options.drain_seconds)
+        # 2. No new connections.
+        acceptor.close()
+        # 3. What is in flight is finished.
+        await server.finish(hurry, options.shutdown_seconds)
+        # 4. The session or the pool is closed, by leaving the context.
+    lag.cancel()
+    logs.log(logging.INFO, "stopped")
+
+
+def allow_connections() -> int:
+    """Allow this process the open files it may need, if the system lets it. Return for how many connections they do.
+
+    The usual soft limit, 1024, is there for programs that call `select`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return soft - min(SPARE_FILES, soft // 2)
+    return MAX_CONNECTIONS
+
+
+def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Log errors that no request waits for: a library's own, or a defect of ours. Never silent.
+
+    Without open files left, asyncio tells so some thousand times at once.
+    """
+    lines = logs.RepeatLog()
+
+    def write(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        message, error = context["message"], context.get("exception")
+        cause = repr(error) if error else None
+        lines.write((message, cause), logging.ERROR, message, cause=cause, exception=error)
+
+    return write
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind at once, so that an address in use is known before anything starts. Raises `OSError`."""
+    if host:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # IPv6 is switched off, or the port in use: the next line tells
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    return socket.create_server(("", port), backlog=BACKLOG)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------
+
+
+def main(
+    name: str,
+    description: str,
+    declaration: type[CommonSettings],
+    start: Start,
+    *,
+    actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> NoReturn:
+    """Run a server, or one of `actions` (option: what to do with the settings, its help)."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        epilog=f"Settings are environment variables:\n{settings.table(declaration)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{name} {VERSION}")
+    for option, (function, meaning) in (actions or {}).items():
+        parser.add_argument(option, action="store_const", const=function, dest="action", help=meaning)
+    action = getattr(parser.parse_args(), "action", None)
+    try:
+        options = settings.read(declaration, os.environ)
+    except settings.SettingsError as error:
+        _exit(name, 2, *error.problems)
+    try:
+        if action:
+            print(action(options))
+            sys.exit(0)
+        listener = listen(options.host, options.port)
+    except Exception as error:
+        where = "" if action else f"cannot listen on {options.host or 'any address'}, port {options.port}: "
+        _exit(name, 1, where + " ".join(str(error).split()))
+    logs.configure(name, options.log_level, options.log_format)
+    with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(serve(start, options, listener))
+    logging.shutdown()
+    sys.exit(0)
+
+
+def _exit(name: str, status: int, *lines: str) -> NoReturn:
+    for line in lines:
+        print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(status)
