@@ -599,6 +599,20 @@ def test_a_caller_that_leaves_when_its_time_is_up_is_counted_once(world: World) 
     assert outcome(late) is world.runs[1]
 
 
+def test_a_batch_is_dropped_when_the_last_ones_time_is_up(loop: ManualLoop) -> None:
+    """Without a run, and without a timer for the caller that came later and has left."""
+    world = World(loop, limit=1, timeout=5)
+    world.arrived()
+    (early,) = world.arrived()
+    world.sleep(1)
+    (late,) = world.arrived()
+    world.cancel(late)
+    world.sleep(4)
+    assert isinstance(outcome(early), RunTimeoutError)
+    assert len(world.runs) == 1
+    world.finish()
+
+
 def test_when_all_have_left_the_run_is_cancelled(world: World) -> None:
     """And a batch that still waits is dropped."""
     callers = world.arrived(3) + world.arrived(2)
