@@ -97,7 +97,8 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
             try:
                 values[field.name] = kind.parse(text)
             except (ValueError, OSError):
-                held = "(hidden)" if field.metadata["secret"] else repr(text)
+                # A URL may hold a password, too.
+                held = "(hidden)" if field.metadata["secret"] or "@" in text else repr(text)
                 problems.append(f"{name}: {held} is not {kind.expected}")
     if problems:
         raise SettingsError(problems)
