@@ -110,7 +110,8 @@ class Slot:
         self._options = options
         self._resolver = resolver
         self._connect_with: dict[str, str | None] = {}
-        self._prepared = False  # whether the connection has the prepared statement
+        self._connection: aiopg.Connection | None = None  # the one that was made last
+        self._prepared = False  # whether it has the prepared statement
         self._pool: aiopg.Pool
 
     async def open(self) -> None:
@@ -139,7 +140,8 @@ class Slot:
 
     @property
     def connected(self) -> bool:
-        return bool(self._pool.freesize)
+        """Whether there is a connection; not the pool's word, which counts one that has died while idle."""
+        return self._connection is not None and not self._connection.closed
 
     async def first_row(self) -> tuple[object] | None:
         """Return what the query finds, on a new connection where there is none or the old one is of no use.
@@ -192,7 +194,8 @@ class Slot:
             self._connect_with = {"hostaddr": address, "password": password}
             try:
                 async with asyncio.timeout(self._options.db_timeout / len(addresses)):
-                    return await self._pool.acquire()
+                    self._connection = await self._pool.acquire()
+                    return self._connection
             except FAILURES:
                 metrics.count_connect_failure()
                 if address == addresses[-1]:
