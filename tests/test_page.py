@@ -21,6 +21,10 @@ from playwright.async_api import Browser, ConsoleMessage, Page, Request, Viewpor
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one browser for all tests
 
 CHROMIUM = shutil.which("chromium")
+if not CHROMIUM:
+    pytest.skip(
+        "the page is not tested: there is no chromium (Debian: apt-get install chromium)", allow_module_level=True
+    )
 FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # Playwright adds what else keeps a browser quiet
 DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
 RED = "rgb(179, 38, 30)"
@@ -54,8 +58,6 @@ class Faults:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    if not CHROMIUM:
-        pytest.skip("the page is not tested in a browser: there is no chromium (Debian: apt-get install chromium)")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
