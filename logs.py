@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import queue
 import sys
 import threading
@@ -88,8 +89,11 @@ class _QueuedHandler(logging.Handler):
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 log(logging.WARNING, "log lines were dropped: nobody read stderr", dropped=dropped)
-            with contextlib.suppress(OSError, ValueError):  # stderr is closed: there is nobody to tell
-                print(line, file=sys.stderr, flush=True)
+            # Not `print`: Python flushes its own buffer when it ends, waits there for a reader that is stuck, and
+            # ends with status 120 where nothing can be written.
+            with contextlib.suppress(OSError):  # nobody is left to tell
+                if sys.stderr is not None:  # closed from the start: its number may belong to a client's socket now
+                    os.write(sys.stderr.fileno(), f"{line}\n".encode(errors="backslashreplace"))
 
     def close(self) -> None:
         """Write what is queued, for a second at most: a reader that is stuck must not keep the process from ending."""
