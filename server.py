@@ -215,10 +215,9 @@ class Server(web.Server):
         else:
             self._failures.write((status, path, message), level, message, **fields)
 
-    def malformed(self, request: web.BaseRequest, cause: str) -> web.StreamResponse:
-        """The answer to what is no HTTP."""
-        problem = Problem(HTTPStatus.BAD_REQUEST, "This is not a well-formed HTTP request.", cause=cause)
-        request[REQUEST_ID] = next(self._ids)
+    def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
+        """The answer where there was none of a route."""
+        request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
         metrics.observe_request("_OTHER", None, problem.status, 0)
         self._log(request, None, problem.status, 0, problem)
         return self._response(request, problem.answer(request[REQUEST_ID]))
@@ -325,9 +324,15 @@ class _Connection(web.RequestHandler):
     def handle_error(
         self,
         request: web.BaseRequest,
-        status: int = 500,  # noqa: ARG002  # aiohttp's choice; what the parser refuses is a 400
+        status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        # The parser's message goes on with what the client sent, which may be a secret.
-        return self._server.malformed(request, (message or repr(exc)).partition(":")[0][:100])
+        if status == HTTPStatus.BAD_REQUEST:
+            # The parser's message goes on with what the client sent, which may be a secret.
+            cause = (message or repr(exc)).partition(":")[0][:100]
+            problem = Problem(HTTPStatus.BAD_REQUEST, "This is not a well-formed HTTP request.", cause=cause)
+        else:  # such as no memory for the answer
+            problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This server made a mistake.", cause=repr(exc))
+            problem.__cause__ = exc
+        return self._server.refuse(request, problem)
