@@ -176,6 +176,21 @@ async def test_what_is_in_flight_is_finished(server: Server, database: Database,
     assert await server.exit_status(within=1) == 0
 
 
+@servers()
+async def test_who_connected_before_the_signal_is_answered(server: Server) -> None:
+    """Also when the server sees both at once: accepting races with closing the listener (CPython's gh-109564)."""
+    server.freeze()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connection(server.url)) for _ in range(50)]
+        for client in clients:
+            await client.send("/healthz")
+        server.terminate()
+        server.resume()
+        for answer in await asyncio.gather(*(client.receive() for client in clients)):
+            assert answer.status == 200
+    assert await server.exit_status() == 0
+
+
 async def test_a_request_that_never_ends_costs_the_shutdown_time_once(start: Start, make_peer: MakePeer) -> None:
     """Not twice that, as with aiohttp's own; with 0 it costs nothing, rather than for ever."""
     peer = await make_peer(says_nothing)
