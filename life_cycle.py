@@ -25,6 +25,7 @@ from settings import setting
 
 MAX_CONNECTIONS = 16_384  # some 10 kB each; fewer where the system allows fewer open files
 SPARE_FILES = 128  # open files kept for other things than clients: connections to what is behind, name look-ups
+LAST_ACCEPTS = 0.05  # seconds of draining at least: who connected before the signal may still wait to be accepted
 BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
 
 
@@ -66,8 +67,11 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket) 
         # 1. Unready, but still accepting: load balancers need their time to look elsewhere.
         server.draining = True
         logs.log(logging.INFO, "draining", drain_s=options.drain_seconds)
-        await wait_for_event(hurry, options.drain_seconds)
-        # 2. No new connections.
+        await wait_for_event(hurry, max(options.drain_seconds, LAST_ACCEPTS))
+        # 2. No new connections: first none is taken, then none is let in, since asyncio fails where a connection comes
+        # between the two (CPython gh-109564).
+        loop.remove_reader(listener)
+        await asyncio.sleep(0.01)
         acceptor.close()
         # 3. What is in flight is finished.
         await server.finish(hurry, options.shutdown_seconds)

@@ -112,9 +112,15 @@ def configure(service: str, level: str, form: str | None) -> None:
     handler.setFormatter(TextFormatter(service) if text else JSONFormatter(service))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(True)
+    sys.unraisablehook = lambda error: _log_lost(error.exc_value)
+    threading.excepthook = lambda error: _log_lost(error.exc_value)
     # aiopg warns of each connection that could not be made, and switches its warnings on when it is imported
     # (which is before this runs). The failure itself is logged with its cause where it is handled.
     warnings.filterwarnings("ignore", category=ResourceWarning, module=r"aiopg\.")
+
+
+def _log_lost(error: BaseException | None) -> None:
+    log(logging.ERROR, "an error where nobody can be told of it", cause=repr(error), exception=error)
 
 
 class RepeatLog:
