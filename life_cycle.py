@@ -153,8 +153,10 @@ def main(
             sys.exit(0)
         listener = listen(options.host, options.port)
     except Exception as error:
-        where = "" if action else f"cannot listen on {options.host or 'any address'}, port {options.port}: "
-        _exit(name, 1, where + " ".join(str(error).split()))
+        if action:
+            _exit(name, 1, " ".join(str(error).split()))
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+        _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
     logs.configure(name, options.log_level, options.log_format)
     with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(serve(start, options, listener))
