@@ -1,0 +1,234 @@
+"""What holds for each fault is asserted here, once: time, statuses, recovery, footprint, log lines. And the table."""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Start
+from kit import ROOT, eventually, memory
+from kit.client import get
+from kit.load import Clients, Reply
+from kit.postgres import Cluster
+from kit.processes import Server
+
+from faults.table import REFERENCES, Row, render
+
+RECOVERY = 1.0  # seconds after the cause is gone in which the first good answer comes
+SLACK = 0.2  # seconds that an answer may come after its time limit
+MEMORY = 24 * 1024 * 1024  # bytes that a process may have kept after a fault: the allocator's own spare included
+
+# The server as it is, started as a user does, that also tells at /tasks how many asyncio tasks it has.
+OBSERVED = """
+import asyncio, runpy, sys
+from http import HTTPStatus
+import answers, gateway, server
+name, *changes = sys.argv[1:]
+del sys.argv[1:]
+for change in changes:
+    exec(change)
+make = server.Server.__init__
+async def tasks():
+    return answers.Answer(HTTPStatus.OK, "application/json", b"%d" % len(asyncio.all_tasks()))
+server.Server.__init__ = lambda self, routes, *rest, **more: make(self, {**routes, "/tasks": tasks}, *rest, **more)
+runpy.run_module(name, run_name="__main__")
+"""
+
+StartObserved = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+def observed(start: Start) -> StartObserved:
+    """Starts a server that tells its tasks; `changes` are statements executed before, such as shorter time limits."""
+
+    async def begin(name: str, *changes: str, **settings: Any) -> Server:
+        return await start(name, program=("-c", OBSERVED, name, *changes), **settings)
+
+    return begin
+
+
+@dataclass
+class Footprint:
+    """What a process holds."""
+
+    files: int
+    tasks: int
+    memory: int
+
+
+def open_files(pid: int) -> int:
+    """How many files and sockets a process has open."""
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+async def footprint(server: Server) -> Footprint:
+    """What it holds now, apart from the request that asks."""
+    tasks = int((await get(server.url + "/tasks")).body)
+    return Footprint(open_files(server.pid), tasks, memory(server.pid))
+
+
+async def back_to(server: Server, before: Footprint, spare: int = 0) -> None:
+    """Return when it holds no more than before; `spare`: connections that it may keep for later."""
+
+    async def look() -> bool:
+        now = await footprint(server)
+        assert now.files <= before.files + spare, f"{server.name}: {now}, before {before}"
+        assert now.tasks <= before.tasks + spare, f"{server.name}: {now}, before {before}"
+        assert now.memory <= before.memory + MEMORY, f"{server.name}: {now}, before {before}"
+        return True
+
+    await eventually(look, within=4)
+
+
+RowOf = Callable[..., None]
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> RowOf:
+    """Tells the table how long recovery took: `note(seconds)`, or words where nothing had to recover."""
+
+    def tell(back: float | str) -> None:
+        request.node.user_properties.append(("back", back if isinstance(back, str) else f"{back:.2f} s"))
+
+    return tell
+
+
+class Chain:
+    """Gateway, message service and database, of which a test breaks one while clients keep asking the gateway."""
+
+    def __init__(self, gateway: Server, service: Server, limit: float, note: RowOf):
+        self.gateway, self.service, self.limit, self.note = gateway, service, limit, note
+        self.servers = [gateway, service]
+
+    @contextlib.asynccontextmanager
+    async def endures(
+        self, *statuses: int, recovery: float = RECOVERY, lost: bool = False, logs: bool = True
+    ) -> AsyncIterator[Clients]:
+        """Inside, break something, and make it whole again before leaving; then all that has to hold is asserted.
+
+        `statuses` may come beside 200. `lost`: requests under way may end without an answer.
+        """
+        before = {server.pid: await footprint(server) for server in self.servers}
+        began = time.monotonic()
+        async with Clients(self.gateway.url + "/api/string") as clients:
+            yield clients
+            gone = time.monotonic()
+            await eventually(lambda: clients.good(gone), within=self.limit + 2 + recovery)
+            back = clients.good(gone)[0].ended - gone
+            await eventually(lambda: len(clients.good(gone + recovery)) > clients.count, within=self.limit + 2)
+        replies = clients.replies
+        allowed = {200, *statuses, *([0] if lost else [])}
+        wrong = [reply for reply in replies if reply.status not in allowed]
+        assert not wrong, wrong[:3]
+        late = [reply for reply in replies if reply.seconds > self.limit + SLACK]
+        assert not late, late[:3]
+        assert back <= recovery, f"the first good answer came after {back:.2f} s"
+        relapsed = [reply for reply in replies if reply.began > gone + recovery and reply.status != 200]
+        assert not relapsed, relapsed[:3]
+        for server in self.servers:
+            if server.pid in before and server.process.poll() is None:
+                await back_to(server, before[server.pid], spare=4 if server is self.gateway else 8)
+        if logs:
+            self._check_logs(replies, time.monotonic() - began)
+        self.note(back)
+
+    def _check_logs(self, replies: list[Reply], seconds: float) -> None:
+        """A line when it went, one a second at most while it lasted, and one when it was back."""
+        failed = {reply.status for reply in replies if reply.status >= 500}
+        for status in failed:
+            lines = self.gateway.logged(status=status, path="/api/string")
+            assert lines, f"no line about {status}"
+            assert all(line["cause"] for line in lines)
+        for server in self.servers:
+            kinds: dict[Any, int] = {}
+            for line in server.log:
+                kind = line["message"], line.get("status"), line.get("path")
+                kinds[kind] = kinds.get(kind, 0) + 1
+            often = {kind: count for kind, count in kinds.items() if count > seconds + 2}
+            assert not often, often
+        if failed:
+            assert self.gateway.logged(message="the message service answers again")
+
+
+MakeChain = Callable[..., Awaitable[Chain]]
+
+
+@pytest.fixture
+def make_chain(observed: StartObserved, note: RowOf) -> MakeChain:
+    """Starts a chain; the arguments are settings. Short time limits unless told otherwise."""
+
+    async def make(**settings: Any) -> Chain:
+        settings = {"DB_TIMEOUT": 1, "DOWNSTREAM_TIMEOUT": 2} | settings
+        url = settings.pop("DOWNSTREAM_URL", None)
+        service = await observed("message_service", **settings)
+        gateway = await observed("gateway", **(settings | {"DOWNSTREAM_URL": url or service.url, "PORT": 0}))
+        return Chain(gateway, service, settings["DOWNSTREAM_TIMEOUT"], note)
+
+    return make
+
+
+@pytest.fixture
+async def chain(cluster: Cluster, make_chain: MakeChain) -> Chain:
+    """A chain whose database the test may break."""
+    return await make_chain(**cluster.database().settings())
+
+
+CLONE_NEWNET = 0x40000000
+
+
+@pytest.fixture
+def own_network() -> Iterator[Callable[..., None]]:
+    """A network namespace for this test alone: yields what executes `iptables` in it. Ask for it before all else.
+
+    Skips where the test may not make one.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/proc/thread-self/ns/net").open() as home:
+        if libc.unshare(CLONE_NEWNET):
+            pytest.skip("needs root's right to make a network namespace")
+        try:
+
+            def iptables(*arguments: str) -> None:
+                subprocess.run(["iptables", "-w", *arguments], check=True, capture_output=True)
+
+            try:
+                subprocess.run(["ip", "link", "set", "lo", "up"], check=True, capture_output=True)
+                iptables("-S")
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("needs ip and iptables")
+            yield iptables
+        finally:
+            assert libc.setns(home.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Write the table, if asked for by FAULTS_TABLE, into the file of that name, between its marks."""
+    target = os.environ.get("FAULTS_TABLE")
+    reports = [report for kind in ("passed", "failed", "skipped") for report in terminalreporter.stats.get(kind, [])]
+    rows = list(REFERENCES)
+    for report in reports:
+        properties = dict(report.user_properties)
+        if "fault" in properties:
+            back = properties.get("back", "-") if report.passed else f"**{report.outcome}**"
+            area, fault, sees = properties["fault"]
+            rows.append(Row(area, fault, sees, back, report.nodeid.partition("::")[0]))
+    if target:
+        file = ROOT / target
+        file.write_text(render(file.read_text() if file.exists() else "", rows))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the report of a test know its row."""
+    if marker := item.get_closest_marker("fault"):
+        item.user_properties.append(("fault", marker.args))

@@ -1,0 +1,52 @@
+"""The README's table of faults, made from the tests that ran."""
+
+from dataclasses import dataclass
+
+BEGIN, END = "<!-- faults: written by `make faults` -->", "<!-- faults: end -->"
+AREAS = ("Database", "Network and downstream", "Clients", "Process")
+
+
+@dataclass
+class Row:
+    """One fault; `back` is how long recovery took, or what is asserted of it, `test` the file that tests it."""
+
+    area: str
+    fault: str
+    sees: str
+    back: str
+    test: str
+
+
+# Faults whose tests are among the ordinary ones: area, fault, what a client sees, when it is good again, test.
+_ELSEWHERE = """
+Database | absent at start | 503 | ≤ 1 s | test_life_cycle.py
+Database | restarted between requests | 200 | at once | test_database_faults.py
+Database | table made again or altered between requests | 200 | at once | test_database_faults.py
+Database | query cancelled or timed out on the server | 503, 504 | at once | test_database_faults.py
+Database | password rotated | 200 | at once | test_password.py
+Network and downstream | name unknown, slow, or moved to another address | 503, 504 | ≤ 1 s | test_names.py
+Network and downstream | message service absent | 503 | at once | test_life_cycle.py
+Network and downstream | silent, drips, resets, lies (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
+Network and downstream | redirects elsewhere | 502, not followed | at once | test_downstream_faults.py
+Clients | leave before their answer | - | at once | test_database_faults.py
+Process | SIGTERM or SIGINT while requests never end, and a second one | what is in flight | - | test_life_cycle.py
+Process | nobody reads stderr | 200 | - | test_logs.py
+"""
+REFERENCES = [
+    Row(area, fault, sees, back, f"tests/{test}")
+    for area, fault, sees, back, test in (
+        [cell.strip() for cell in line.split(" | ")] for line in _ELSEWHERE.strip().splitlines()
+    )
+]
+
+
+def render(text: str, rows: list[Row]) -> str:
+    """Return `text` with the table between its marks, which are added at the end if there are none."""
+    lines = ["| fault | a client sees | good again after |", "|---|---|---|"]
+    for area in AREAS:
+        lines.append(f"| **{area}** | | |")
+        own = [row for row in rows if row.area == area]
+        lines += [f"| [{row.fault}]({row.test}) | {row.sees} | {row.back} |" for row in own]
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2] or "\n"
+    return before + "\n".join([BEGIN, "", *lines, "", END]) + after

@@ -1,0 +1,96 @@
+"""Clients that keep asking while something is broken, and what each of their requests came to."""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import urlsplit
+
+from kit import eventually
+from kit.client import PATIENCE, Answer, connection
+
+
+@dataclass
+class Reply:
+    """What a request came to: `status` 0 when there was no answer, and why in `reason`. Times are monotonic."""
+
+    began: float
+    ended: float
+    status: int
+    reason: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """How long the client waited."""
+        return self.ended - self.began
+
+
+class Clients:
+    """`async with Clients(url) as clients`: each keeps its connection, and asks again a moment after each answer.
+
+    A connection that the server has told to be closed, or has closed, is made anew. None of them repeats a request.
+    """
+
+    def __init__(self, url: str, count: int = 8, pause: float = 0.02):
+        parts = urlsplit(url)
+        self.base, self.path = f"{parts.scheme}://{parts.netloc}", parts.path
+        self.count, self.pause = count, pause
+        self.replies: list[Reply] = []
+        self._ends = False
+
+    async def __aenter__(self) -> Self:
+        """Return when all is well."""
+        self._tasks = [asyncio.create_task(self._keep_asking()) for _ in range(self.count)]
+        await eventually(lambda: len(self.good()) >= 2 * self.count)
+        self.replies.clear()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop asking, and wait for the answers that are under way."""
+        self._ends = True
+        await asyncio.gather(*self._tasks)
+
+    async def _keep_asking(self) -> None:
+        while not self._ends:
+            began = time.monotonic()
+            try:
+                async with connection(self.base) as connected:
+                    while not self._ends:
+                        began = time.monotonic()
+                        async with asyncio.timeout(PATIENCE):
+                            answer = await connected.get(self.path)
+                        self._note(began, answer.status, _reason(answer))
+                        await asyncio.sleep(self.pause)
+                        if answer.headers.get("Connection") == "close":
+                            break
+            except (OSError, EOFError, TimeoutError) as error:
+                self._note(began, 0, repr(error))
+                await asyncio.sleep(self.pause)
+
+    def _note(self, began: float, status: int, reason: str) -> None:
+        self.replies.append(Reply(began, time.monotonic(), status, reason))
+
+    def good(self, after: float = 0) -> list[Reply]:
+        """Those answered with 200 since then."""
+        return [reply for reply in list(self.replies) if reply.status == 200 and reply.ended >= after]
+
+    def statuses(self) -> set[int]:
+        """All that came."""
+        return {reply.status for reply in list(self.replies)}
+
+    async def see(self, *statuses: int, within: float = PATIENCE) -> None:
+        """Return when each client has had one of these."""
+        begin = time.monotonic()
+
+        def enough() -> bool:
+            new = [reply for reply in self.replies if reply.ended > begin and reply.status in statuses]
+            return len(new) >= self.count
+
+        await eventually(enough, within)
+
+
+def _reason(answer: Answer) -> str:
+    with contextlib.suppress(ValueError):
+        return str(answer.json().get("type", ""))
+    return answer.body[:80].decode("latin-1")
