@@ -138,6 +138,8 @@ class _Connection:
 
 def reset(writer: asyncio.StreamWriter) -> None:
     """Close a connection with a reset, as when a process crashes."""
+    if writer.is_closing():
+        return
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

@@ -1,0 +1,250 @@
+"""What is no clean HTTP/1.1, or tries to be two requests where a proxy in front saw one (request smuggling)."""
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterable
+
+import pytest
+from conftest import System
+from kit.client import PATIENCE, connection, exchange, get
+
+from faults.conftest import RowOf, StartObserved, back_to, footprint
+
+
+def row(fault: str, sees: str) -> pytest.MarkDecorator:
+    return pytest.mark.fault("Clients", fault, sees)
+
+
+PARTS = pytest.mark.parametrize("part", ["gateway", "service"])
+
+GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+LAST = GET + b"X-Request-ID: last\r\nConnection: close\r\n\r\n"  # tells whether the server took it for a request
+CHUNKED = GET + b"Transfer-Encoding: chunked\r\n\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: "
+
+# What is sent, and the statuses that have to come back before the connection is closed. `LAST` follows where the
+# question is whether the server still knows where a request ends: 200 for it only where that is beyond doubt.
+REFUSED = {
+    "conflicting Content-Length": GET + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nhello" + LAST,
+    "equal Content-Length twice": GET + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello" + LAST,
+    "list of Content-Length": GET + b"Content-Length: 5, 5\r\n\r\nhello" + LAST,
+    "signed Content-Length": GET + b"Content-Length: +5\r\n\r\nhello" + LAST,
+    "negative Content-Length": GET + b"Content-Length: -1\r\n\r\n" + LAST,
+    "hexadecimal Content-Length": GET + b"Content-Length: 0x5\r\n\r\nhello" + LAST,
+    "Content-Length beyond 64 bits": GET + b"Content-Length: 99999999999999999999\r\n\r\n" + LAST,
+    "empty Content-Length": GET + b"Content-Length: \r\n\r\n" + LAST,
+    "Content-Length and chunked": GET + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + LAST,
+    "chunked and Content-Length": GET + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n" + LAST,
+    "unknown Transfer-Encoding": GET + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + LAST,
+    "identity": GET + b"Transfer-Encoding: identity\r\n\r\n" + LAST,
+    "chunked not last": GET + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + LAST,
+    "chunked, then identity": GET
+    + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n"
+    + LAST,
+    "space before the colon": GET + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + LAST,
+    "vertical tab": GET + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + LAST,
+    "signed chunk": CHUNKED + b"+5\r\nhello\r\n0\r\n\r\n" + LAST,
+    "hexadecimal chunk": CHUNKED + b"0x5\r\nhello\r\n0\r\n\r\n" + LAST,
+    "chunk beyond 64 bits": CHUNKED + b"ffffffffffffffffff\r\nhello\r\n0\r\n\r\n" + LAST,
+    "chunk with bare LF": CHUNKED + b"5\nhello\n0\n\n" + LAST,
+    "chunk longer than it says": CHUNKED + b"5\r\nhelloX0\r\n\r\n" + LAST,
+    "LF in a chunk extension": CHUNKED + b"5;a\nb\r\nhello\r\n0\r\n\r\n" + LAST,
+    "bare LF": b"GET /healthz HTTP/1.1\nHost: x\n\n" + LAST,
+    "bare LF after a header": GET + b"A: b\nContent-Length: 80\r\n\r\n" + LAST,
+    "bare CR": GET + b"A: b\rContent-Length: 80\r\n\r\n" + LAST,
+    "obs-fold": GET + b"A: b\r\n c\r\n\r\n" + LAST,
+    "folded Content-Length": GET + b"Content-Length:\r\n 5\r\n\r\nhello" + LAST,
+    "NUL in a value": GET + b"A: b\0c\r\n\r\n" + LAST,
+    "NUL in a name": GET + b"A\0: b\r\n\r\n" + LAST,
+    "NUL in the path": b"GET /healthz\0 HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "space before the first header": b"GET /healthz HTTP/1.1\r\n Host: x\r\n\r\n" + LAST,
+    "header without a name": GET + b": x\r\n\r\n" + LAST,
+    "header without a colon": GET + b"A\r\n\r\n" + LAST,
+    "no Host": b"GET /healthz HTTP/1.1\r\n\r\n" + LAST,
+    "two Hosts": GET + b"Host: y\r\n\r\n" + LAST,
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "HTTP/1.2": b"GET /healthz HTTP/1.2\r\nHost: x\r\n\r\n" + LAST,
+    "asterisk-form with GET": b"GET * HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "no slash": b"GET healthz HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "absolute-form with a bad port": b"GET http://x:99999999/healthz HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "absolute-form with a bad address": b"GET http://[::1/healthz HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "bytes beyond ASCII in the path": "GET /é HTTP/1.1\r\nHost: x\r\n\r\n".encode() + LAST,
+    "lower-case method": b"get /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
+    "enormous method": b"A" * 9000 + b" /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+    "enormous path": b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "enormous query": b"GET /healthz?" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "enormous header": GET + b"A: " + b"a" * 9000 + b"\r\n\r\n",
+    "enormous header name": GET + b"A" * 9000 + b": a\r\n\r\n",
+    "thousand headers": GET + b"".join(b"A%d: b\r\n" % number for number in range(1000)) + b"\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 64 + b"\r\n\r\n",
+}
+ANSWERED: dict[str, tuple[bytes, list[int]]] = {
+    "HTTP/1.0": (b"GET /healthz HTTP/1.0\r\n\r\n", [200]),
+    "HTTP/1.0 kept alive": (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + LAST, [200, 200]),
+    "HTTP/1.0 and chunked": (  # faulty framing: answered and closed (RFC 9112, 6.1)
+        b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + LAST,
+        [200],
+    ),
+    "absolute-form": (b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, [200, 200]),
+    "asterisk-form": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, [404, 200]),
+    "authority-form": (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, [404, 200]),
+    "long query": (b"GET /healthz?" + b"a" * 8000 + b" HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, [200, 200]),
+    "malformed escapes": (b"GET /%zz%ff%00 HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, [404, 200]),
+    "body on a GET": (GET + b"Content-Length: 5\r\n\r\nhello" + LAST, [200, 200]),
+    "chunked body on a GET": (CHUNKED + b"5;a=b\r\nhello\r\n0\r\n\r\n" + LAST, [200, 200]),
+    "a body that looks like a request": (GET + b"Content-Length: %d\r\n\r\n" % len(LAST) + LAST + LAST, [200, 200]),
+    "a body that never comes": (GET + b"Content-Length: 5\r\n\r\n", [200]),
+    "a compressed body that is none": (
+        GET + b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello" + LAST,
+        [200, 200],
+    ),
+    "Expect: 100-continue": (GET + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", [200]),
+    "Expect: anything": (GET + b"Expect: anything\r\n\r\n" + LAST, [200, 200]),
+    "Upgrade: websocket": (GET + UPGRADE + b"websocket\r\n\r\n" + LAST, [200]),
+    "Upgrade: h2c": (GET + UPGRADE + b"h2c\r\n\r\n" + LAST, [200]),
+    "Upgrade: anything": (GET + UPGRADE + b"anything\r\n\r\n" + LAST, [200]),
+    "empty lines first": (b"\r\n\r\n" + LAST, [200]),
+    "pipelining of 100": (b"".join(GET + b"\r\n" for _ in range(99)) + LAST, [200] * 100),
+    # aiohttp's parser drops what it has understood of a packet whose rest it refuses.
+    "pipelining, then garbage": (GET + b"\r\n" + b"garbage\r\n\r\n", [400]),
+}
+
+
+def statuses(raw: bytes) -> list[int]:
+    """Of all the responses in it."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", raw)]
+
+
+@PARTS
+@row("malformed or ambiguous requests (49 of a smuggling corpus)", "400, then a close")
+async def test_what_could_be_two_requests_is_refused(system: System, part: str, note: RowOf) -> None:
+    """With 400 as a problem; the connection is closed, so that nothing behind it is taken for a request."""
+    url = getattr(system, part).url
+    for name, request in REFUSED.items():
+        raw = await exchange(url, request, within=5)
+        # Where the start of the request was well-formed, it may have been answered before the rest was seen.
+        assert statuses(raw) in ([400], [200, 400]), name
+        assert b"X-Request-ID: last" not in raw, name
+        assert b"application/problem+json" in raw, name
+    assert (await get(url + "/healthz")).status == 200
+    note("at once")
+
+
+@PARTS
+@row("HTTP/1.0, absolute-form, Expect, Upgrade, CONNECT, pipelining of 100, bodies on GET", "200, 404")
+async def test_what_is_unusual_is_answered(system: System, part: str, note: RowOf) -> None:
+    """Each request once, in order; nothing is left hanging."""
+    url = getattr(system, part).url
+    for name, (request, expected) in ANSWERED.items():
+        raw = await exchange(url, request, within=5)
+        assert statuses(raw) == expected, name
+    note("-")
+
+
+PATH = {"gateway": "/api/string", "service": "/api/message"}
+
+
+@PARTS
+@row("half-closes after the request (`nc -N`)", "200, then a close")
+async def test_a_half_closed_connection_is_answered(system: System, part: str, note: RowOf) -> None:
+    """Also several requests; the connection is closed right after, or when half a request is all that came."""
+    url = getattr(system, part).url
+    request = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % PATH[part].encode()
+    for sent, expected in ((request, [200]), (request * 3, [200] * 3), (request[:-1], []), (b"", [])):
+        async with connection(url) as client, asyncio.timeout(0.9):
+            client.writer.write(sent)
+            client.writer.write_eof()
+            assert statuses(await client.reader.read()) == expected
+    note("-")
+
+
+def no_secret(lines: Iterable[object]) -> bool:
+    return "hunter2" not in str(list(lines))
+
+
+@PARTS
+async def test_a_malformed_header_is_not_logged(system: System, part: str) -> None:
+    """It may hold a password."""
+    server = getattr(system, part)
+    for field in (b"Authorization: Basic hunter2\0", b"Authorization : hunter2", b"hunter2", b"A: hunter2" * 2000):
+        raw = await exchange(server.url, GET + field + b"\r\n\r\n")
+        assert statuses(raw) == [400]
+        assert b"hunter2" not in raw
+    await server.wait_for_log(status=400)
+    assert no_secret(server.log)
+
+
+# ---- the fuzzer ------------------------------------------------------------------------------------------------
+
+TOKENS = [b"GET", b"/healthz", b"HTTP/1.1", b"\r\n", b"\n", b"\r", b" ", b":", b"\0", b"Host", b"Content-Length"]
+TOKENS += [b"Transfer-Encoding", b"chunked", b"5", b"0", b"-1", b"Upgrade", b"Connection", b"close", b"keep-alive"]
+TOKENS += [b"hello", b"\xff", b"%00", b"Expect", b"100-continue", b"PRI * HTTP/2.0", b"HTTP/0.9", b"\t", b";", b","]
+
+
+def random_bytes(chance: random.Random) -> bytes:
+    return chance.randbytes(chance.randrange(1, 200)) + b"\r\n\r\n"
+
+
+def random_tokens(chance: random.Random) -> bytes:
+    return b"".join(chance.choices(TOKENS, k=chance.randrange(1, 40))) + b"\r\n\r\n"
+
+
+def mutated(chance: random.Random) -> bytes:
+    corpus = list(REFUSED.values()) + [request for request, _ in ANSWERED.values()]
+    request = bytearray(chance.choice(corpus)[:2000])
+    for _ in range(chance.randrange(1, 6)):
+        place = chance.randrange(len(request))
+        match chance.randrange(3):
+            case 0:
+                request[place] = chance.randrange(256)
+            case 1:
+                request[place:place] = chance.choice(TOKENS)
+            case _:
+                del request[place : place + chance.randrange(1, 10)]
+                request += b"\r"
+    return bytes(request)
+
+
+KINDS: list[Callable[[random.Random], bytes]] = [random_bytes, random_tokens, mutated]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        pytest.param("gateway", 70_000, marks=row("70,000 random requests (seeded), gateway", "4xx or a close")),
+        pytest.param(
+            "message_service", 30_000, marks=row("30,000 random requests (seeded), message service", "4xx or a close")
+        ),
+    ],
+)
+async def test_random_requests(observed: StartObserved, note: RowOf, name: str, count: int) -> None:
+    """Never a 5xx, a crash, a leaked task or a growing process, and others are served meanwhile."""
+    server = await observed(name, DB_HOST="127.0.0.1", DB_PORT=1)
+    chance = random.Random(f"{name} 8")
+    before, seen = None, set()
+
+    async def some(requests: int) -> None:
+        for _ in range(requests):
+            request = chance.choice(KINDS)(chance)
+            try:
+                async with asyncio.timeout(PATIENCE), connection(server.url) as client:
+                    client.writer.write(request)
+                    client.writer.write_eof()  # so that a request that needs more gets a close
+                    seen.update(statuses(await client.reader.read()))
+            except ConnectionError:  # a reset is a close
+                continue
+
+    for part in range(10):
+        await asyncio.gather(*(some(count // 200) for _ in range(20)))
+        if part == 0:
+            before = await footprint(server)
+        assert (await get(server.url + "/healthz", within=1)).status == 200
+    assert before
+    await back_to(server, before)
+    assert {status for status in seen if status >= 500} == set()
+    assert 400 in seen
+    for line in server.log:
+        assert line.get("status", 400) < 500, line
+    note("-")
