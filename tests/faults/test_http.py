@@ -215,7 +215,7 @@ KINDS: list[Callable[[random.Random], bytes]] = [random_bytes, random_tokens, mu
     [
         pytest.param("gateway", 70_000, marks=row("70,000 random requests (seeded), gateway", "4xx or a close")),
         pytest.param(
-            "message_service", 30_000, marks=row("30,000 random requests (seeded), message service", "4xx or a close")
+            "message_service", 30_000, marks=row("30,000 random requests (seeded), service", "4xx or a close")
         ),
     ],
 )

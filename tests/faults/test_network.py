@@ -91,9 +91,13 @@ async def test_a_host_that_is_gone(
     peer = await make_peer(says_nothing, keep_alive=True)
     gateway = await observed("gateway", DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=20)
     waiting = []
-    for calls in (1, 2, 3, 4):
+
+    async def call() -> None:
         waiting.append(asyncio.create_task(get(gateway.url + "/api/string")))
-        await eventually(lambda: len(peer.requests) == calls)  # noqa: B023  # awaited within the loop
+        await eventually(lambda: len(peer.requests) == len(waiting))
+
+    for _ in range(4):
+        await call()
     # Its connections are forgotten, as when another host has its address now; new ones get through.
     own_network("-A", "INPUT", "-p", "tcp", "--dport", str(peer.port), "-m", "state", "--state", "NEW", "-j", "ACCEPT")
     own_network("-A", "INPUT", "-p", "tcp", "--dport", str(peer.port), "-j", "DROP")

@@ -1,0 +1,206 @@
+"""Clients that hold connections, feed them drop by drop, or do not read what they asked for."""
+
+import asyncio
+import contextlib
+import resource
+from collections.abc import AsyncIterator
+
+import pytest
+from conftest import MakePeer, System
+from kit import eventually, memory
+from kit.client import PATIENCE, Connection, connection, get
+from kit.network import response
+
+from faults.conftest import RowOf, StartObserved, back_to, footprint
+
+GOOD = response('{"message": "ok"}')
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+BOTH = pytest.mark.parametrize("name", ["gateway", "message_service"])
+
+
+def row(fault: str, sees: str) -> pytest.MarkDecorator:
+    return pytest.mark.fault("Clients", fault, sees)
+
+
+@contextlib.asynccontextmanager
+async def many(url: str, count: int) -> AsyncIterator[list[Connection]]:
+    """So many connections, some at a time."""
+    async with contextlib.AsyncExitStack() as stack:
+        connections: list[Connection] = []
+        while len(connections) < count:
+            some = min(200, count - len(connections))
+            new = [stack.enter_async_context(connection(url)) for _ in range(some)]
+            connections += [await each for each in new]
+        yield connections
+
+
+async def closed(client: Connection) -> bool:
+    """Whether the server has closed it; what it said before is thrown away."""
+    with contextlib.suppress(ConnectionError):
+        while not client.reader.at_eof():
+            try:
+                async with asyncio.timeout(0.05):
+                    await client.reader.read(2**20)
+            except TimeoutError:
+                return False
+    return True
+
+
+@pytest.mark.matrix
+@row("10,000 idle connections", "200")
+async def test_ten_thousand_idle_connections(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
+    """Others are answered meanwhile, and nothing is left when they have gone."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 10_300:
+        pytest.skip("needs a hard limit of 10,300 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (10_300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    peer = await make_peer(GOOD, keep_alive=True)
+    gateway = await observed("gateway", DOWNSTREAM_URL=peer.url)
+    assert (await get(gateway.url + "/api/string")).status == 200
+    before = await footprint(gateway)
+    async with many(gateway.url, 10_000):
+        for _ in range(10):
+            assert (await get(gateway.url + "/api/string", within=1)).status == 200
+        assert (await footprint(gateway)).tasks > 10_000
+        grown = memory(gateway.pid) - before.memory
+        assert grown < 10_000 * 20_000
+    before.memory = memory(gateway.pid)  # Python keeps it for the next ones
+    await back_to(gateway, before, spare=1)
+    note("-")
+
+
+@BOTH
+@row("all open files taken by idle connections (`ulimit -n 64`)", "200; the longest idle ones are closed")
+async def test_idle_connections_keep_nobody_out(
+    observed: StartObserved, system: System, note: RowOf, name: str
+) -> None:
+    """Each newcomer is answered, with what has to be fetched over a new connection; one line tells why."""
+    settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
+    server = await observed(name, wrapper=["prlimit", "--nofile=64:64"], **settings)
+    path = {"gateway": "/api/string", "message_service": "/api/message"}[name]
+    before = await footprint(server)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(10):
+            for _ in range(20):
+                await stack.enter_async_context(connection(server.url))
+            assert (await get(server.url + path, within=1)).status == 200
+        assert (await footprint(server)).files < 64
+        line = await server.wait_for_log(message="Too many connections: closing the longest idle.")
+        assert (line["level"], line["limit"]) == ("warning", 32)
+    await back_to(server, before, spare=5)
+    assert len([line for line in server.log if line["level"] != "info"]) < 10
+    note("-")
+
+
+@row("all open files taken by requests under way (`ulimit -n 64`)", "a close for whom there is no room")
+async def test_too_many_requests_at_once(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
+    """Who was there first is answered; room is there again as soon as one of them has left."""
+
+    async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    peer = await make_peer(says_nothing)
+    wrapper = ["prlimit", "--nofile=64:64"]
+    gateway = await observed("gateway", wrapper=wrapper, DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=3)
+    before = await footprint(gateway)
+    async with many(gateway.url, 32) as clients:
+        for client in clients:
+            await client.send("/api/string")
+        await eventually(lambda: peer.requests)
+        await asyncio.sleep(0.1)
+        with pytest.raises((ConnectionError, EOFError)):
+            await get(gateway.url + "/healthz", within=1)
+        await clients[0].close()
+        await eventually(lambda: answers(gateway.url), within=1.5)  # one whose client has left goes on for a second
+        for client in clients[1:]:
+            async with asyncio.timeout(PATIENCE):
+                assert (await client.receive()).status == 504
+    await back_to(gateway, before, spare=1)
+    note("≤ 1 s")
+
+
+async def answers(url: str) -> bool:
+    try:
+        return (await get(url + "/healthz")).status == 200
+    except (ConnectionError, EOFError):
+        return False
+
+
+@pytest.mark.matrix
+@BOTH
+@row("1,000 feed their header byte by byte", "200 for others; a close when idle for too long")
+async def test_dripping_headers(observed: StartObserved, note: RowOf, name: str) -> None:
+    """First requests and later ones: none of them prolongs its time by another byte."""
+    server = await observed(name, "server.KEEPALIVE_TIMEOUT = 3", DB_HOST="127.0.0.1", DB_PORT=1)
+    before = await footprint(server)
+    async with many(server.url, 1000) as clients:
+        for client in clients[:500]:
+            assert (await client.get("/healthz")).status == 200
+
+        async def drip(client: Connection) -> None:
+            with contextlib.suppress(ConnectionError):
+                for byte in HEAD * 100:
+                    client.writer.write(bytes([byte]))
+                    await asyncio.sleep(0.5)
+
+        dripping = [asyncio.create_task(drip(client)) for client in clients]
+        for _ in range(10):
+            assert (await get(server.url + "/healthz", within=1)).status == 200
+        await eventually(lambda: only_mine(server.url, before.tasks), within=6)
+        for task in dripping:
+            task.cancel()
+    await back_to(server, before)
+    note("-")
+
+
+async def only_mine(url: str, tasks: int) -> bool:
+    return int((await get(url + "/tasks")).body) <= tasks
+
+
+@pytest.mark.matrix
+@BOTH
+@row("200 feed their body byte by byte", "200 at once; a close after a second")
+async def test_dripping_bodies(observed: StartObserved, note: RowOf, name: str) -> None:
+    """Nobody waits for a body that nobody reads."""
+    server = await observed(name, DB_HOST="127.0.0.1", DB_PORT=1)
+    before = await footprint(server)
+    async with many(server.url, 200) as clients:
+        for client in clients:
+            client.writer.write(HEAD + b"Content-Length: 1000000\r\n\r\n")
+        async with asyncio.timeout(2):
+            for client in clients:
+                assert (await client.receive()).status == 200
+
+        async def drip(client: Connection) -> None:
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    client.writer.write(b"x")
+                    await asyncio.sleep(0.2)
+
+        dripping = [asyncio.create_task(drip(client)) for client in clients]
+        await eventually(lambda: only_mine(server.url, before.tasks), within=3)
+        for task in dripping:
+            task.cancel()
+    await back_to(server, before)
+    note("-")
+
+
+@pytest.mark.matrix
+@row("pipeline without reading the answers (10 of them)", "a reset after `SEND_TIMEOUT`")
+async def test_a_client_that_does_not_read(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
+    """What it does not read is memory, so it is not kept for long, nor much of it."""
+    peer = await make_peer(response('{"message": "%s"}' % ("x" * 900_000)), keep_alive=True)
+    gateway = await observed("gateway", "server.SEND_TIMEOUT = 2", DOWNSTREAM_URL=peer.url)
+    assert (await get(gateway.url + "/api/string")).status == 200
+    before = await footprint(gateway)
+    async with many(gateway.url, 10) as clients:
+        for client in clients:
+            client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            for _ in range(100):
+                client.writer.write(b"GET /api/string HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(1)
+        assert memory(gateway.pid) - before.memory < 100 * 1024 * 1024
+        assert (await get(gateway.url + "/api/string", within=1)).status == 200
+        await eventually(lambda: only_mine(gateway.url, before.tasks), within=5)
+    before.memory += 30 * 1024 * 1024
+    await back_to(gateway, before, spare=4)
+    note("-")

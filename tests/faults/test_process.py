@@ -1,0 +1,296 @@
+"""A process ends, is killed, or lacks what it needs from the system, while clients keep asking."""
+
+import asyncio
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import MakePeer, System
+from kit import ROOT, eventually, reserve_port
+from kit.client import connection, get
+from kit.load import Clients
+from kit.network import response
+from kit.postgres import Database
+from kit.processes import Server
+
+from faults.conftest import Chain, RowOf, StartObserved, back_to, footprint, open_files
+
+GOOD = response('{"message": "ok"}')
+BOTH = pytest.mark.parametrize("name", ["gateway", "message_service"])
+PATH = {"gateway": "/api/string", "message_service": "/api/message"}
+
+
+def row(fault: str, sees: str) -> pytest.MarkDecorator:
+    return pytest.mark.fault("Process", fault, sees)
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    """A port that a server keeps when it is started again."""
+    with reserve_port() as reserved:
+        yield reserved.getsockname()[1]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(Server.terminate, marks=row("gateway restarted (SIGTERM, no drain)", "refused while away")),
+        pytest.param(Server.kill, marks=row("gateway SIGKILLed, started again", "reset, refused while away")),
+    ],
+)
+async def test_the_gateway_restarts(
+    observed: StartObserved, system: System, port: int, note: RowOf, end: Callable[[Server], None]
+) -> None:
+    """Who gets an answer gets a good one; it serves again as soon as it listens."""
+    gateway = await observed("gateway", DOWNSTREAM_URL=system.service.url, PORT=port)
+    chain = Chain(gateway, gateway, 5, note)
+    async with chain.endures(lost=True, logs=False) as clients:
+        await asyncio.to_thread(end, gateway)
+        await clients.see(0)
+        chain.servers = []
+        await observed("gateway", DOWNSTREAM_URL=system.service.url, PORT=port)
+
+
+def limit(server: Server, kind: int, value: int) -> int:
+    """Set a soft limit of a running process; return the one before."""
+    before, hard = resource.prlimit(server.pid, kind)
+    resource.prlimit(server.pid, kind, (value, hard))
+    return before
+
+
+@BOTH
+@row("no open file left, then some again", "closed, or late by a second at most")
+async def test_no_open_file_left(observed: StartObserved, system: System, note: RowOf, name: str) -> None:
+    """Whoever connects meanwhile; the log does not grow by thousands of lines, and all is well right after."""
+    settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
+    server = await observed(name, **settings)
+    assert (await get(server.url + PATH[name])).status == 200
+    before = await footprint(server)
+    usual = limit(server, resource.RLIMIT_NOFILE, open_files(server.pid))
+    server.expected_tracebacks = True
+
+    async def ask() -> int:
+        try:
+            return (await get(server.url + PATH[name], within=2)).status
+        except (OSError, EOFError):
+            return 0
+
+    waiting = [asyncio.create_task(ask()) for _ in range(20)]
+    await asyncio.sleep(1.2)
+    limit(server, resource.RLIMIT_NOFILE, usual)
+    began = asyncio.get_running_loop().time()
+    assert (await get(server.url + PATH[name], within=1.1)).status == 200
+    note(asyncio.get_running_loop().time() - began)
+    assert set(await asyncio.gather(*waiting)) <= {0, 200}
+    await back_to(server, before, spare=4)
+    assert len(server.log) < 10
+
+
+def address_space(pid: int) -> int:
+    """Bytes that a process has mapped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmSize:")[2].split()[0]) * 1024
+
+
+@pytest.mark.matrix
+@row("no memory left, then some again (RLIMIT_AS)", "200, 500, 503 or a close")
+async def test_no_memory_left(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
+    """It survives, and is well right after."""
+    peer = await make_peer(response('{"message": "%s"}' % ("x" * 1_000_000)), keep_alive=True)
+    gateway = await observed("gateway", DOWNSTREAM_URL=peer.url)
+    gateway.expected_tracebacks = True
+    chain = Chain(gateway, gateway, 5, note)
+    async with chain.endures(500, 503, lost=True, logs=False) as clients:
+        usual = limit(gateway, resource.RLIMIT_AS, address_space(gateway.pid))
+        await asyncio.sleep(2)
+        limit(gateway, resource.RLIMIT_AS, usual)
+        await clients.see(200)
+    assert gateway.process.poll() is None
+
+
+@BOTH
+@row("no thread can be started", "503")
+async def test_no_thread_left(observed: StartObserved, system: System, note: RowOf, name: str) -> None:
+    """A name can not be looked up then, which is no mistake of the server."""
+    url = system.service.url.replace("127.0.0.1", "localhost")
+    settings = {**system.database.settings(DB_HOST="localhost"), "DOWNSTREAM_URL": url}
+    broken = "import threading; start = threading.Thread.start; threading.Thread.start = lambda thread: start(thread) "
+    broken += "if not thread.name.startswith('blocking') else (_ for _ in ()).throw(RuntimeError('no thread'))"
+    server = await observed(name, broken, **settings)
+    answer = await get(server.url + PATH[name])
+    assert answer.status == 503
+    note("-")
+
+
+@BOTH
+@row("the clock jumps by a day, ahead and back", "200")
+async def test_the_clock_jumps(observed: StartObserved, system: System, note: RowOf, tmp_path: Path, name: str) -> None:
+    """Nothing but dates follows it: no time limit, no connection, no log line more."""
+    ahead = tmp_path / "ahead"
+    jumping = f"import os, time; real = time.time; time.time = lambda: real() + 86400 * os.path.exists({str(ahead)!r})"
+    settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
+    server = await observed(name, jumping, **settings)
+    async with connection(server.url) as client:
+        dates = []
+        for jumped in (False, True, False):
+            if jumped:
+                ahead.touch()
+            else:
+                ahead.unlink(missing_ok=True)
+            for _ in range(3):
+                answer = await client.get(PATH[name])
+                assert answer.status == 200
+            dates.append(answer.headers["Date"])
+    assert dates[0][:16] == dates[2][:16] != dates[1][:16]
+    assert len(server.log) == 1
+    note("-")
+
+
+STDERR = {"closed": "2>&-", "full (`/dev/full`)": "2>/dev/full", "a pipe that nobody holds": "2> >(true)"}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, marks=row(f"stderr {name}", "200")) for name, where in STDERR.items()]
+)
+async def test_stderr_is_gone(
+    observed: StartObserved, system: System, port: int, note: RowOf, name: str, where: str
+) -> None:
+    """It serves all the same, says nothing elsewhere, and ends as usual."""
+    settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url, "ACCESS_LOG": "all"}
+    wrapper = ["bash", "-c", f'exec "$@" {where}', "bash"]
+    server = await observed(name, wrapper=wrapper, PORT=port, **settings)
+    for path in (PATH[name], "/nowhere", PATH[name]):
+        async with connection(server.url) as client:
+            await client.send(path)
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 ")
+            await client.reader.readuntil(b"}")
+    server.terminate()
+    assert await server.exit_status(within=3) == 0
+    assert server.noise == []
+    note("-")
+
+
+@BOTH
+@row("log reader that blocks", "200")
+async def test_a_log_reader_that_blocks(
+    observed: StartObserved, system: System, port: int, note: RowOf, tmp_path: Path, name: str
+) -> None:
+    """Lines are lost, requests are not; nor is the end held up."""
+    settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url, "ACCESS_LOG": "all"}
+    stuck = tmp_path / "stderr"
+    os.mkfifo(stuck)
+    wrapper = ["sh", "-c", 'exec "$@" 2<>"$0"', str(stuck)]  # open for reading, too
+    server = await observed(name, wrapper=wrapper, PORT=port, **settings)
+    async with connection(server.url) as client:
+        for _ in range(1000):  # far more than a pipe holds
+            async with asyncio.timeout(1):
+                assert (await client.get("/healthz")).status == 200
+    server.terminate()
+    assert await server.exit_status(within=4) == 0
+    note("-")
+
+
+@BOTH
+@row("read-only disk", "200")
+async def test_a_read_only_disk(observed: StartObserved, system: System, note: RowOf, name: str) -> None:
+    """Nothing is ever written."""
+    readonly = 'mount --rbind / / && mount -o remount,ro,bind / && ! touch gateway.py 2>&- && exec "$@"'
+    wrapper = ["unshare", "--mount", "sh", "-c", readonly, "sh"]
+    probe = subprocess.run([*wrapper, "true"], cwd=ROOT, capture_output=True, check=False)  # noqa: ASYNC221
+    if probe.returncode:
+        pytest.skip("needs root's right to mount")
+    settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
+    server = await observed(name, wrapper=wrapper, **settings)
+    assert (await get(server.url + PATH[name])).status == 200
+    note("-")
+
+
+# ---- a rolling restart -----------------------------------------------------------------------------------------
+
+HAPROXY = """
+global
+    maxconn 1000
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 30s
+    timeout server 30s
+    retries 2
+    option redispatch
+    default-server check inter 100ms fall 1 rise 1
+{sections}
+"""
+SECTION = """
+listen {name}
+    bind 127.0.0.1:{front}
+    option httpchk GET /readyz
+    server a 127.0.0.1:{a}
+    server b 127.0.0.1:{b}
+"""
+
+
+@dataclass
+class Balanced:
+    """Two servers of a kind behind one port."""
+
+    name: str
+    front: int
+    ports: Sequence[int]
+
+
+@pytest.mark.matrix
+@row("rolling restart of both gateways and both services behind haproxy, under load", "200, none lost")
+async def test_a_rolling_restart(observed: StartObserved, database: Database, note: RowOf, tmp_path: Path) -> None:
+    """Not one request fails, with a drain that is longer than haproxy's interval between two checks."""
+    if not shutil.which("haproxy"):
+        pytest.skip("needs haproxy")
+    reserved = [reserve_port() for _ in range(6)]
+    numbers = [each.getsockname()[1] for each in reserved]
+    services = Balanced("message_service", numbers[0], numbers[1:3])
+    gateways = Balanced("gateway", numbers[3], numbers[4:])
+    sections = [
+        SECTION.format(name=each.name, front=each.front, a=each.ports[0], b=each.ports[1])
+        for each in (services, gateways)
+    ]
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(HAPROXY.format(sections="".join(sections)))
+    settings = {**database.settings(), "DOWNSTREAM_URL": f"http://127.0.0.1:{services.front}", "DRAIN_SECONDS": 1}
+    servers = {}
+    for kind in (services, gateways):
+        for port in kind.ports:
+            servers[port] = await observed(kind.name, PORT=port, **settings)
+    haproxy = subprocess.Popen(["haproxy", "-db", "-f", file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+    url = f"http://127.0.0.1:{gateways.front}/api/string"
+    try:
+        await eventually(lambda: good(url))
+        async with Clients(url, count=16, pause=0.005) as clients:
+            for kind in (gateways, services):
+                for port in kind.ports:
+                    servers[port].terminate(signal.SIGTERM)
+                    assert await servers[port].exit_status() == 0
+                    servers[port] = await observed(kind.name, PORT=port, **settings)
+                    await asyncio.sleep(0.5)  # haproxy finds it
+            assert len(clients.replies) > 1000
+            assert [reply for reply in clients.replies if reply.status != 200] == []
+            note(f"{len(clients.replies)} of {len(clients.replies)} good")
+    finally:
+        haproxy.terminate()
+        haproxy.wait(5)
+        for each in reserved:
+            each.close()
+
+
+async def good(url: str) -> bool:
+    try:
+        return (await get(url)).status == 200
+    except (OSError, EOFError):
+        return False
