@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test check aws lock clean bench
+.PHONY: help run test faults check aws lock clean bench
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -14,6 +14,9 @@ run: .venv/.local  ## the whole system on this machine: PostgreSQL, message serv
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
 	$(BIN)/python -m pytest
+
+faults: .venv/.dev  ## break everything under load, for some minutes; writes the table in README.md
+	FAULTS_TABLE=README.md $(BIN)/python -m pytest -m "" tests/faults
 
 check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ SILENCE = (  # the kernel gives up a host that acknowledges nothing; one that is
 )
 
 _VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: version 00 has four parts, later ones may have more
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:(?<!^00.{53})-.*)?"
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:(?<!^00.{53})-[!-~]{0,200})?"
 ).fullmatch
 _VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
 

@@ -223,8 +223,8 @@ async def test_another_server_on_its_port(
 async def test_a_half_open_connection(
     own_network: Callable[..., None], cluster: Cluster, make_chain: MakeChain
 ) -> None:
-    """With the default time limits: once packets pass, nobody waits for TCP's next repeat, or for a dead connection."""
-    chain = await make_chain(**cluster.database().settings(), DB_TIMEOUT=2, DOWNSTREAM_TIMEOUT=5)
+    """Once packets pass, nobody waits for TCP's next repeat, or for a dead connection, however long the time limits."""
+    chain = await make_chain(**cluster.database().settings(), DB_TIMEOUT=8, DOWNSTREAM_TIMEOUT=9)
     drop = [("INPUT", "-p", "tcp", f"--{side}", str(cluster.port), "-j", "DROP") for side in ("sport", "dport")]
     async with chain.endures(503, 504) as clients:
         for rule in drop:

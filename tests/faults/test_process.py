@@ -224,8 +224,7 @@ defaults
     timeout connect 1s
     timeout client 30s
     timeout server 30s
-    retries 2
-    option redispatch
+    retries 0
     default-server check inter 100ms fall 1 rise 1
 {sections}
 """
@@ -250,7 +249,10 @@ class Balanced:
 @pytest.mark.matrix
 @row("rolling restart of both gateways and both services behind haproxy, under load", "200, none lost")
 async def test_a_rolling_restart(observed: StartObserved, database: Database, note: RowOf, tmp_path: Path) -> None:
-    """Not one request fails, with a drain that is longer than haproxy's interval between two checks."""
+    """Not one request fails, with a drain that is longer than haproxy's interval between two checks.
+
+    And with none of its usual retries, which would hide a connection that was refused.
+    """
     if not shutil.which("haproxy"):
         pytest.skip("needs haproxy")
     reserved = [reserve_port() for _ in range(6)]
