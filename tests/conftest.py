@@ -12,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.faults import (  # noqa: F401  # fixtures and hooks for tests/faults/
+    chain,
+    make_chain,
+    note,
+    observed,
+    own_network,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
 from kit.network import Peer, Proxy, Script
 from kit.postgres import Cluster, Database, Provider, make_folder
 from kit.processes import Server, wait_listening

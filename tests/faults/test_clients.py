@@ -9,9 +9,8 @@ import pytest
 from conftest import MakePeer, System
 from kit import eventually, memory
 from kit.client import PATIENCE, Connection, connection, get
+from kit.faults import RowOf, StartObserved, back_to, footprint
 from kit.network import response
-
-from faults.conftest import RowOf, StartObserved, back_to, footprint
 
 GOOD = response('{"message": "ok"}')
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"

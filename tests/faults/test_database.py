@@ -12,11 +12,10 @@ import psycopg2
 import pytest
 from conftest import MakeCluster, MakeProxy
 from kit import eventually
+from kit.faults import Chain, MakeChain
 from kit.network import Script
 from kit.postgres import SCHEMA, Cluster, Database
 from test_database_faults import FAULTS, Fault, connections_exhausted
-
-from faults.conftest import Chain, MakeChain
 
 pytestmark = pytest.mark.matrix
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 from conftest import System
 from kit.client import PATIENCE, connection, exchange, get
-
-from faults.conftest import RowOf, StartObserved, back_to, footprint
+from kit.faults import RowOf, StartObserved, back_to, footprint
 
 
 def row(fault: str, sees: str) -> pytest.MarkDecorator:

@@ -7,11 +7,10 @@ import pytest
 from conftest import MakePeer, MakeProxy, System
 from kit import eventually, reserve_port
 from kit.client import get
+from kit.faults import Chain, MakeChain, RowOf, StartObserved
 from kit.network import response
 from kit.postgres import Database
 from kit.processes import Server
-
-from faults.conftest import Chain, MakeChain, RowOf, StartObserved
 
 GOOD = response('{"message": "ok"}')
 

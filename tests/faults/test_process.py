@@ -14,12 +14,11 @@ import pytest
 from conftest import MakePeer, System
 from kit import ROOT, eventually, reserve_port
 from kit.client import connection, get
+from kit.faults import Chain, RowOf, StartObserved, back_to, footprint, open_files
 from kit.load import Clients
 from kit.network import response
 from kit.postgres import Database
 from kit.processes import Server
-
-from faults.conftest import Chain, RowOf, StartObserved, back_to, footprint, open_files
 
 GOOD = response('{"message": "ok"}')
 BOTH = pytest.mark.parametrize("name", ["gateway", "message_service"])
@@ -225,7 +224,7 @@ defaults
     timeout client 30s
     timeout server 30s
     retries 0
-    default-server check inter 100ms fall 1 rise 1
+    default-server check inter 500ms fall 1 rise 1
 {sections}
 """
 SECTION = """
@@ -280,7 +279,7 @@ async def test_a_rolling_restart(observed: StartObserved, database: Database, no
                     servers[port].terminate(signal.SIGTERM)
                     assert await servers[port].exit_status() == 0
                     servers[port] = await observed(kind.name, PORT=port, **settings)
-                    await asyncio.sleep(0.5)  # haproxy finds it
+                    await asyncio.sleep(0.8)  # haproxy finds it
             assert len(clients.replies) > 1000
             assert [reply for reply in clients.replies if reply.status != 200] == []
             note(f"{len(clients.replies)} of {len(clients.replies)} good")

@@ -1,4 +1,9 @@
-"""What holds for each fault is asserted here, once: time, statuses, recovery, footprint, log lines. And the table."""
+"""What holds for each fault is asserted here, once: time, statuses, recovery, footprint, log lines. And the table.
+
+The fixtures and hooks are taken over by conftest.py; the tests are in tests/faults/. The quick ones run with all
+others, the whole matrix with `make faults`, which also writes the README's table. Each test tells its row of that
+table with the marker `fault`: where it belongs, what happens, what a client sees.
+"""
 
 import contextlib
 import ctypes
@@ -11,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Start
+
 from kit import ROOT, eventually, memory
 from kit.client import get
 from kit.load import Clients, Reply
 from kit.postgres import Cluster
 from kit.processes import Server
-
-from faults.table import REFERENCES, Row, render
+from kit.table import REFERENCES, Row, render
 
 RECOVERY = 1.0  # seconds after the cause is gone in which the first good answer comes
 SLACK = 0.2  # seconds that an answer may come after its time limit
@@ -40,6 +44,7 @@ server.Server.__init__ = lambda self, routes, *rest, **more: make(self, {**route
 runpy.run_module(name, run_name="__main__")
 """
 
+Start = Callable[..., Awaitable[Server]]
 StartObserved = Callable[..., Awaitable[Server]]
 
 
