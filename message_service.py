@@ -36,7 +36,8 @@ from server import Route
 from settings import setting
 
 # Prepared, since planning takes a third of the time of a query so small.
-PREPARE = "PREPARE message AS SELECT content FROM messages ORDER BY id LIMIT 1"
+QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
+PREPARE = f"PREPARE message AS {QUERY}"
 EXECUTE = "EXECUTE message"
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
@@ -167,6 +168,11 @@ class Slot:
                     self._prepared = True
                 await cursor.execute(EXECUTE)
                 row: tuple[object] | None = await cursor.fetchone()
+                if row is None:
+                    # EXECUTE's snapshot is older than its lock: when it had to wait for a table that was rewritten or
+                    # made again, it sees none of the rows. A plain statement's snapshot is taken after the lock.
+                    await cursor.execute(QUERY)
+                    row = await cursor.fetchone()
                 return row
         except asyncio.CancelledError:
             task = asyncio.current_task()
