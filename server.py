@@ -108,7 +108,8 @@ class Server(web.Server):
         """
         limit = self._max_connections
         self._failures.write("full", logging.WARNING, "too many connections: closing the oldest idle ones", limit=limit)
-        idle = [connection for connection in self.connections if self.is_idle(connection)]
+        # Those closed just now are still among them, without a transport.
+        idle = [connection for connection in self.connections if connection.transport and self.is_idle(connection)]
         for connection in idle[: limit // 64 + 1]:  # not one at a time, since looking at all of them takes a while
             connection.force_close()
         if not idle:
