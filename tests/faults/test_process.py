@@ -99,14 +99,14 @@ def address_space(pid: int) -> int:
 
 
 @pytest.mark.matrix
-@row("no memory left, then some again (RLIMIT_AS)", "200, 500, 503 or a close")
+@row("no memory left, then some again (RLIMIT_AS)", "200, 500, 503, 504 or a close")
 async def test_no_memory_left(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
     """It survives, and is well right after."""
     peer = await make_peer(response('{"message": "%s"}' % ("x" * 1_000_000)), keep_alive=True)
     gateway = await observed("gateway", DOWNSTREAM_URL=peer.url)
     gateway.expected_tracebacks = True
     chain = Chain(gateway, gateway, 5, note)
-    async with chain.endures(500, 503, lost=True, logs=False) as clients:
+    async with chain.endures(500, 503, 504, lost=True, logs=False) as clients:
         usual = limit(gateway, resource.RLIMIT_AS, address_space(gateway.pid))
         await asyncio.sleep(2)
         limit(gateway, resource.RLIMIT_AS, usual)
