@@ -102,7 +102,7 @@ async def test_a_host_that_is_gone(
     own_network("-A", "INPUT", "-p", "tcp", "--dport", str(peer.port), "-j", "DROP")
     answers = await asyncio.wait_for(asyncio.gather(*waiting), 4)
     assert {answer.status for answer in answers} == {503}
-    note(max(answer.seconds for answer in answers))
+    note(f"given up after {max(answer.seconds for answer in answers):.1f} s")
 
 
 @row("many connections that went stale at once", "200")

@@ -223,6 +223,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Write the table, if asked for by FAULTS_TABLE, into the file of that name, between its marks."""
     target = os.environ.get("FAULTS_TABLE")
     reports = [report for kind in ("passed", "failed", "skipped") for report in terminalreporter.stats.get(kind, [])]
+    reports.sort(key=lambda report: report.start)
     rows = list(REFERENCES)
     for report in reports:
         properties = dict(report.user_properties)

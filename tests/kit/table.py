@@ -40,12 +40,27 @@ REFERENCES = [
 ]
 
 
+def worst(rows: list[Row]) -> list[Row]:
+    """One row for each fault, the worst of those that both servers gave."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        before = found.setdefault((row.area, row.fault), row)
+        if _badness(row.back) > _badness(before.back):
+            found[row.area, row.fault] = row
+    return list(found.values())
+
+
+def _badness(back: str) -> tuple[bool, float]:
+    number = back.partition(" ")[0]
+    return back.startswith("**"), float(number) if number[:1].isdigit() else 0
+
+
 def render(text: str, rows: list[Row]) -> str:
     """Return `text` with the table between its marks, which are added at the end if there are none."""
     lines = ["| fault | a client sees | good again after |", "|---|---|---|"]
     for area in AREAS:
         lines.append(f"| **{area}** | | |")
-        own = [row for row in rows if row.area == area]
+        own = [row for row in worst(rows) if row.area == area]
         lines += [f"| [{row.fault}]({row.test}) | {row.sees} | {row.back} |" for row in own]
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] or "\n"
