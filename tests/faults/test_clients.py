@@ -148,6 +148,7 @@ async def test_dripping_headers(observed: StartObserved, note: RowOf, name: str)
         await eventually(lambda: only_mine(server.url, before.tasks), within=6)
         for task in dripping:
             task.cancel()
+        await asyncio.gather(*dripping, return_exceptions=True)
     await back_to(server, before)
     note("-")
 
@@ -180,6 +181,7 @@ async def test_dripping_bodies(observed: StartObserved, note: RowOf, name: str) 
         await eventually(lambda: only_mine(server.url, before.tasks), within=3)
         for task in dripping:
             task.cancel()
+        await asyncio.gather(*dripping, return_exceptions=True)
     await back_to(server, before)
     note("-")
 

@@ -338,3 +338,4 @@ async def test_tls_refused(cluster: Cluster, make_chain: MakeChain, tmp_path: Pa
             await clients.see(503)
             tls.refuses = False
         tls.cut()
+        await asyncio.gather(*tls.tasks, return_exceptions=True)
