@@ -222,7 +222,10 @@ def own_network() -> Iterator[Callable[..., None]]:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Write the table, if asked for by FAULTS_TABLE, into the file of that name, between its marks."""
     target = os.environ.get("FAULTS_TABLE")
+    if not target:
+        return
     reports = [report for kind in ("passed", "failed", "skipped") for report in terminalreporter.stats.get(kind, [])]
+    reports = [report for report in reports if isinstance(report, pytest.TestReport)]  # not of a file that was skipped
     reports.sort(key=lambda report: report.start)
     rows = list(REFERENCES)
     for report in reports:
@@ -231,9 +234,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             back = properties.get("back", "-") if report.passed else f"**{report.outcome}**"
             area, fault, sees = properties["fault"]
             rows.append(Row(area, fault, sees, back, report.nodeid.partition("::")[0]))
-    if target:
-        file = ROOT / target
-        file.write_text(render(file.read_text() if file.exists() else "", rows))
+    file = ROOT / target
+    file.write_text(render(file.read_text() if file.exists() else "", rows))
 
 
 @pytest.hookimpl(tryfirst=True)
