@@ -90,7 +90,8 @@ def _answers(port: str) -> bool:
 def main() -> None:
     gateway_port = os.environ.get("GATEWAY_PORT") or "8000"
     message_service_port = os.environ.get("MESSAGE_SERVICE_PORT") or "8001"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end it; SIGINT too where a shell's background job ignores it
+        signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as parts:
         settings = parts.enter_context(database())
         subprocess.run(
