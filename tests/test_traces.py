@@ -21,6 +21,6 @@ runpy.run_module("gateway", run_name="__main__", alter_sys=True)
 
 async def test_a_middleware_put_in_from_outside_sees_each_request(start: Start) -> None:
     """It is called, with the server's own handler inside."""
-    gateway = await start("gateway", program=("-c", INSTRUMENTED))
+    gateway = await start("gateway", program=("-c", INSTRUMENTED), DOWNSTREAM_URL="http://127.0.0.1:1")
     for path, status in (("/healthz", 200), ("/nowhere", 404), ("/api/string", 503)):
         assert (await get(gateway.url + path)).body.decode() == f"seen {path} {status}"
