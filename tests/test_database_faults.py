@@ -226,7 +226,8 @@ async def test_a_client_that_leaves_ends_its_query(service: Server, database: Da
             for _ in range(20):
                 client = await stack.enter_async_context(connection(service.url))
                 await client.send("/api/message")
-            await eventually(lambda: open_sockets(service.pid) >= sockets + 20)
+            # One fewer: the connection of the first request may have been counted, and be closed by now.
+            await eventually(lambda: open_sockets(service.pid) >= sockets + 19)
     assert await answers_well(service.url + "/api/message")
     await eventually(lambda: open_sockets(service.pid) <= sockets + 4)
     assert len(database.backends()) <= 4
