@@ -58,8 +58,9 @@ SILENCE = (  # the kernel gives up a host that acknowledges nothing; one that is
     (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1500),  # milliseconds; past TCP's first repeat of a SYN, at one second
 )
 
-_VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: version 00 has four parts, later ones may have more
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:(?<!^00.{53})-[!-~]{0,200})?"
+_TRACE = "-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"  # its id, the parent's id, flags
+_VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: what versions after 00 add is passed on as it is
+    f"00{_TRACE}|(?!00|ff)[0-9a-f]{{2}}{_TRACE}(-[!-~]{{0,200}})?"
 ).fullmatch
 _VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
 
@@ -103,7 +104,7 @@ class MessageService:
         """Remember a failure of the call that was made in the name of this request, and return it."""
         if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._outage.failed()
-            metrics.count_dependency_error(problem.kind)
+            metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
         problem.downstream_request_id = request[REQUEST_ID]
         return problem
 
@@ -161,11 +162,10 @@ def read_content(status: int, media_type: str, body: bytes) -> str:
         if media_type == "application/problem+json":
             if status == HTTPStatus.NOT_FOUND and members["type"] == NO_MESSAGE:
                 raise answers.no_message()
+            cause = f"it said {members['detail']}"
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                cause = f"it said {members['detail']}"
                 raise answers.unavailable(DATABASE, "The message service has no database.", cause)
             if status == HTTPStatus.GATEWAY_TIMEOUT:
-                cause = f"it said {members['detail']}"
                 raise answers.timed_out(DATABASE, "The database did not answer in time.", cause)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {error!r}") from error
@@ -193,33 +193,31 @@ def bad_answer(cause: str) -> Problem:
     )
 
 
-def file_answer(name: str, content_type: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """A file of the project, read once. Raises `OSError`."""
-    return Answer(HTTPStatus.OK, content_type, Path(__file__).with_name(name).read_bytes(), headers)
-
-
-def content_security_policy(page: str) -> str:
+def content_security_policy(page: bytes) -> str:
     """Allow the page's own inline script and style, by their hashes, and requests to where it came from; no more."""
-    sources = {}
-    for element in ("script", "style"):
-        contents = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
-        sources[element] = " ".join(f"'sha256-{value}'" for value in hashes) or "'none'"
+    allowed = {b"script": "", b"style": ""}
+    for element, content in re.findall(rb"<(script|style)>(.*?)</\1>", page, re.DOTALL):
+        allowed[element] += f" 'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
     return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
+        f"default-src 'none'; script-src{allowed[b'script']}; style-src{allowed[b'style']}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
 def page_answer() -> Answer:
     """index.html, with the headers that keep anything else out of it. Raises `OSError`."""
-    policy = content_security_policy(Path(__file__).with_name("index.html").read_text())
+    page = Path(__file__).with_name("index.html").read_bytes()
     headers = {
-        "Content-Security-Policy": policy,
+        "Content-Security-Policy": content_security_policy(page),
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
-    return file_answer("index.html", "text/html; charset=utf-8", headers)
+    return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page, headers)
+
+
+def description_answer() -> Answer:
+    """openapi.yaml. Raises `OSError`."""
+    return Answer(HTTPStatus.OK, "application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
 
 
 @contextlib.asynccontextmanager
@@ -241,7 +239,6 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
         auto_decompress=False,
         cookie_jar=DummyCookieJar(),
     )
-    page, description = page_answer(), file_answer("openapi.yaml", "application/yaml")
     async with session:
         message_service = MessageService(session, options.downstream_url)
         ask = Coalescer(
@@ -258,8 +255,8 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
 
         yield {
             "/api/string": string,
-            "/": server.always(page),
-            "/openapi.yaml": server.always(description),
+            "/": server.always(page_answer()),
+            "/openapi.yaml": server.always(description_answer()),
         }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import platform
 import resource
 import signal
 import socket
@@ -23,8 +24,8 @@ import settings
 from server import VERSION, Route, Server, wait_for_event
 from settings import setting
 
-MAX_CONNECTIONS = 16_384  # some 10 kB each; fewer where the system allows fewer open files
-SPARE_FILES = 128  # open files kept for other things than clients: connections to what is behind, name look-ups
+MAX_FILES = 16_384  # open files, fewer where the system allows fewer; a client's connection takes one, and some 10 kB
+SPARE_FILES = 128  # of them, for other things than clients: connections to what is behind, name look-ups
 LAST_ACCEPTS = 0.05  # seconds of draining at least: who connected before the signal may still wait to be accepted
 BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
 
@@ -48,18 +49,18 @@ Start = Callable[[Any], contextlib.AbstractAsyncContextManager[Mapping[str, Rout
 """Opens what a server needs for its routes, and closes it at the end. Must not wait for any other part."""
 
 
-async def serve(start: Start, options: CommonSettings, listener: socket.socket) -> None:
+async def serve(start: Start, options: CommonSettings, listener: socket.socket, max_connections: int) -> None:
     """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     loop.set_exception_handler(_stray_error_log())
-    metrics.set_version(VERSION)
+    metrics.BUILD.info({"version": VERSION, "python": platform.python_version()})
     lag = loop.create_task(metrics.watch_event_loop())
 
     async with start(options) as routes:
-        server = Server(routes, options.access_log, allow_connections())
+        server = Server(routes, options.access_log, max_connections)
         acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
         host, port = listener.getsockname()[:2]
         logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
@@ -80,18 +81,16 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket) 
     logs.log(logging.INFO, "stopped")
 
 
-def allow_connections() -> int:
+def allow_connections(max_files: int) -> int:
     """Allow this process the open files it may need, if the system lets it. Return for how many connections they do.
 
     The usual soft limit, 1024, is there for programs that call `select`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return soft - min(SPARE_FILES, soft // 2)
-    return MAX_CONNECTIONS
+    files = max_files if hard == resource.RLIM_INFINITY else min(max_files, hard)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return files - min(SPARE_FILES, files // 2)
 
 
 def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
@@ -131,6 +130,7 @@ def main(
     *,
     actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    max_files: int = MAX_FILES,
 ) -> NoReturn:
     """Run a server, or one of `actions` (option: what to do with the settings, its help)."""
     parser = argparse.ArgumentParser(
@@ -147,19 +147,20 @@ def main(
         options = settings.read(declaration, os.environ)
     except settings.SettingsError as error:
         _exit(name, 2, *error.problems)
-    try:
-        if action:
+    if action:
+        try:
             print(action(options))
-            sys.exit(0)
-        listener = listen(options.host, options.port)
-    except Exception as error:
-        if action:
+        except Exception as error:
             _exit(name, 1, " ".join(str(error).split()))
+        sys.exit(0)
+    try:
+        listener = listen(options.host, options.port)
+    except (OSError, UnicodeError) as error:  # the latter for what can be no host name
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
         _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
     logs.configure(name, options.log_level, options.log_format)
     with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(serve(start, options, listener))
+        runner.run(serve(start, options, listener, allow_connections(max_files)))
     logging.shutdown()
     sys.exit(0)
 

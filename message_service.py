@@ -41,6 +41,7 @@ PREPARE = f"PREPARE message AS {QUERY}"
 EXECUTE = "EXECUTE message"
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
+MAX_FILES = 1024  # open files: aiopg calls select(), which fails for a socket whose number is higher
 FAILURES = (
     psycopg2.Error,
     OSError,
@@ -203,7 +204,7 @@ class Slot:
                     self._connection = await self._pool.acquire()
                     return self._connection
             except FAILURES:
-                metrics.count_connect_failure()
+                metrics.CONNECT_FAILURES.inc()
                 if address == addresses[-1]:
                     raise
         raise OSError("the database's name has no address")
@@ -232,11 +233,9 @@ class Database:
     async def __aenter__(self) -> "Database":
         for slot in self._slots:
             await slot.open()
-        metrics.read_connections(
-            most=len(self._slots),
-            idle=lambda: sum(slot.connected for slot in self._slots),
-            used=lambda: len(self._slots) - len(self._idle),
-        )
+        metrics.MAX_CONNECTIONS.set(len(self._slots))
+        metrics.CONNECTIONS.labels("idle").set_function(lambda: sum(slot.connected for slot in self._idle))
+        metrics.CONNECTIONS.labels("used").set_function(lambda: len(self._slots) - len(self._idle))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -270,7 +269,7 @@ class Database:
     def failed(self, problem: Problem) -> Problem:
         """Remember a failure of the database, and return it."""
         self._outage.failed()
-        metrics.count_dependency_error(problem.kind)
+        metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
         self.answered_at = asyncio.get_running_loop().time()
         self.failure = problem
         return problem
@@ -347,5 +346,6 @@ if __name__ == "__main__":
         "Answers /api/message with the string stored in PostgreSQL.",
         Settings,
         start,
+        max_files=MAX_FILES,
         actions={"--apply-schema": (apply_schema, "apply schema.sql to the database, and exit")},
     )

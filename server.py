@@ -15,12 +15,12 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time  # not documented, but made only once a second
 
 import answers
 import logs
@@ -79,8 +79,7 @@ class Server(web.Server):
         self._failures = logs.RepeatLog()
         self._in_flight: set[web.RequestHandler] = set()  # connections with a request in hand
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
-        self._date_of_second = (0, b"")
-        metrics.read_active_requests(lambda: len(self._in_flight))
+        metrics.ACTIVE_REQUESTS.set_function(lambda: len(self._in_flight))
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(
@@ -109,7 +108,7 @@ class Server(web.Server):
         limit = self._max_connections
         self._failures.write("full", logging.WARNING, "too many connections: closing the oldest idle ones", limit=limit)
         # Those closed just now are still among them, without a transport.
-        idle = [connection for connection in self.connections if connection.transport and self.is_idle(connection)]
+        idle = [each for each in self.connections if each.transport and self.is_idle(each)]
         for connection in idle[: limit // 64 + 1]:  # not one at a time, since looking at all of them takes a while
             connection.force_close()
         if not idle:
@@ -169,25 +168,19 @@ class Server(web.Server):
             status, head, body = HTTPStatus.NOT_MODIFIED, answer.not_modified_head, b""
         elif request.method == "HEAD":
             body = b""
-        keep_alive = request.keep_alive and not self.draining
-        if hdrs.UPGRADE in request.headers:  # aiohttp's parser loses what follows an upgrade that nobody takes up
-            keep_alive = False
-        if request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers:  # RFC 9112, 6.1
-            keep_alive = False
-        connection = b""
+        old = request.version < (1, 1)
+        keep_alive = (
+            request.keep_alive
+            and not self.draining
+            and hdrs.UPGRADE not in request.headers  # aiohttp's parser loses what follows one that nobody takes up
+            and not (old and hdrs.TRANSFER_ENCODING in request.headers)  # RFC 9112, 6.1
+        )
+        own = f"X-Request-ID: {request[REQUEST_ID]}\r\nDate: {rfc822_formatted_time()}\r\n"
         if not keep_alive:
-            connection = b"Connection: close\r\n"
-        elif request.version < (1, 1):
-            connection = b"Connection: keep-alive\r\n"
-        own = b"X-Request-ID: %b\r\nDate: %b\r\n%b\r\n" % (request[REQUEST_ID].encode(), self._date(), connection)
-        return _Response(status, head + own + body, keep_alive)
-
-    def _date(self) -> bytes:
-        """The Date field's value (RFC 9110, 6.6.1), made once a second."""
-        now = int(time.time())
-        if self._date_of_second[0] != now:
-            self._date_of_second = now, formatdate(now, usegmt=True).encode()
-        return self._date_of_second[1]
+            own += "Connection: close\r\n"
+        elif old:
+            own += "Connection: keep-alive\r\n"
+        return _Response(status, b"%b%b\r\n%b" % (head, own.encode(), body), keep_alive)
 
     def _log(
         self, request: web.BaseRequest, path: str | None, status: int, seconds: float, failure: Problem | None
@@ -196,7 +189,7 @@ class Server(web.Server):
         ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
         if self._access_log == "off" and not ours:
             return
-        message = failure.detail if failure else "request"
+        level, message = (logging.ERROR if ours else logging.INFO), "request"
         fields: dict[str, Any] = {
             "request_id": request[REQUEST_ID],
             "method": request.method,
@@ -205,12 +198,12 @@ class Server(web.Server):
             "duration_ms": round(seconds * 1000, 3),
         }
         if failure:
+            message = failure.detail
             fields["cause"] = failure.cause
             if failure.downstream_request_id != request[REQUEST_ID]:
                 fields["downstream_request_id"] = failure.downstream_request_id
             if status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 fields["exception"] = failure.__cause__
-        level = logging.ERROR if ours else logging.INFO
         if self._access_log == "all":
             logs.log(level, message, **fields)
         else:

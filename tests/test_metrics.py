@@ -1,12 +1,13 @@
 """What Prometheus reads at /metrics of both servers, and the alerts that are made of it."""
 
+import asyncio
 import re
 import shutil
 import subprocess
 
 import pytest
 from conftest import Start, System
-from kit import ROOT
+from kit import ROOT, eventually
 from kit.client import get
 from kit.postgres import Database
 from prometheus_client.parser import text_string_to_metric_families
@@ -65,6 +66,23 @@ async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
     assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
     assert samples["db_client_connection_count db_client_connection_state=used"] == 0
     assert samples["db_client_connection_max"] == 4
+
+
+async def test_a_connection_is_idle_or_used(fresh: System) -> None:
+    """One that waits for a locked table is used; when its query has ended it is idle again."""
+    url = fresh.service.url
+
+    async def shows(idle: int, used: int) -> bool:
+        samples = await scrape(url)
+        name = "db_client_connection_count db_client_connection_state="
+        return (samples[name + "idle"], samples[name + "used"]) == (idle, used)
+
+    await get(url + "/api/message")
+    with fresh.database.locked():
+        waiting = asyncio.create_task(get(url + "/api/message"))
+        await eventually(lambda: shows(idle=0, used=1))
+    assert (await waiting).status == 200
+    assert await shows(idle=1, used=0)
 
 
 async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> None:

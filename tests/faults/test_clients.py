@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 from conftest import MakePeer, System
-from kit import eventually, memory
+from kit import eventually, memory, reserve_port
 from kit.client import PATIENCE, Connection, connection, get
 from kit.faults import RowOf, StartObserved, back_to, footprint
 from kit.network import response
+from kit.postgres import Database
 
 GOOD = response('{"message": "ok"}')
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
@@ -88,6 +89,17 @@ async def test_idle_connections_keep_nobody_out(
         assert (line["level"], line["limit"]) == ("warning", 32)
     await back_to(server, before, spare=5)
     assert len([line for line in server.log if line["level"] != "info"]) < 10
+    note("-")
+
+
+@row("1,100 idle connections to the message service, and no database", "503, not 504")
+async def test_idle_connections_and_no_database(observed: StartObserved, database: Database, note: RowOf) -> None:
+    """That the database refuses is told at once, however many others hold connections."""
+    with reserve_port() as refuses:
+        settings = {**database.settings(), "DB_HOST": "127.0.0.1", "DB_PORT": refuses.getsockname()[1]}
+        service = await observed("message_service", wrapper=["prlimit", "--nofile=4096:4096"], **settings)
+        async with many(service.url, 1100):
+            assert (await get(service.url + "/api/message", within=1)).status == 503
     note("-")
 
 
