@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 
-DEFAULT_PORTS = {"gateway": "8000", "message_service": "8001"}
+DEFAULT_PORTS = {"gateway": 8000, "message_service": 8001}
 HEALTH_CHECK_TIMEOUT = 2.0  # seconds
 
 USAGE = """\
@@ -59,8 +59,7 @@ def check_health(path: str) -> str | None:
     It runs every few seconds, and importing an HTTP library would cost more than all the rest of it.
     """
     try:
-        address = (os.environ.get("HOST") or "localhost", int(os.environ.get("PORT") or default_port()))
-        with socket.create_connection(address, HEALTH_CHECK_TIMEOUT) as connection:
+        with connect() as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             with connection.makefile("rb") as answer:
                 status_line = answer.readline(1000).decode("latin-1")
@@ -69,14 +68,15 @@ def check_health(path: str) -> str | None:
     return None if status_line.startswith("HTTP/1.1 200 ") else status_line.strip() or "it closed the connection"
 
 
-def default_port() -> str:
-    """The default port of the server that process 1 was told to be. Raises `OSError` when it is none."""
-    with open("/proc/1/cmdline") as command:  # noqa: PTH123  # pathlib is slow to import
-        arguments = command.read().split("\0")
-    for name, port in DEFAULT_PORTS.items():
-        if name in arguments:
-            return port
-    raise OSError("PORT is not set, and process 1 is neither server")
+def connect() -> socket.socket:
+    """Connect to the server of this container. Raises `OSError`."""
+    host, port = os.environ.get("HOST") or "localhost", os.environ.get("PORT")
+    try:
+        return socket.create_connection((host, int(port or DEFAULT_PORTS["gateway"])), HEALTH_CHECK_TIMEOUT)
+    except ConnectionRefusedError:
+        if port:
+            raise
+        return socket.create_connection((host, DEFAULT_PORTS["message_service"]), HEALTH_CHECK_TIMEOUT)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ else waits for it.
 """
 
 import asyncio
-import contextlib
+import concurrent.futures
 import errno
-import ipaddress
 import socket
 import threading
 import time
@@ -28,31 +27,20 @@ async def call(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs)
 
     A cancelled caller leaves the thread to its end.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def settle(result: Result | None, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]  # None only where Result has it
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from now on it can not be cancelled under the thread's hands
 
     def work() -> None:
-        outcome: tuple[Result | None, Exception | None]
         try:
-            outcome = function(*args, **kwargs), None
+            future.set_result(function(*args, **kwargs))
         except Exception as error:
-            outcome = None, error
-        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, *outcome)
+            future.set_exception(error)
 
     try:
         threading.Thread(target=work, name=f"blocking {function.__name__}", daemon=True).start()
     except RuntimeError as error:  # memory or processes are used up
         raise OSError(errno.EAGAIN, str(error)) from error
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 class Resolver(AbstractResolver):
@@ -72,35 +60,23 @@ class Resolver(AbstractResolver):
         key, now = (host, port, family), time.monotonic()
         started, lookup = self._lookups.get(key, (0.0, None))
         if lookup is None or lookup.done() or now - started > JOIN_SECONDS:
-            lookup = asyncio.create_task(self._look_up(host, port, family))
+            lookup = asyncio.create_task(_look_up(host, port, family))
             lookup.add_done_callback(lambda done: done.cancelled() or done.exception())  # if nobody is left to ask
             self._lookups[key] = now, lookup
         return await asyncio.shield(lookup)
-
-    async def _look_up(self, host: str, port: int, family: int) -> list[ResolveResult]:
-        if _is_address(host):  # needs no thread
-            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        else:
-            found = await call(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
-        return [
-            ResolveResult(
-                hostname=host,
-                host=str(address[0]),
-                port=port,
-                family=found_family,
-                proto=protocol,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for found_family, _, protocol, _, address in found
-        ]
 
     async def close(self) -> None:
         """Nothing to release: see `call`."""
 
 
-def _is_address(host: str) -> bool:
+async def _look_up(host: str, port: int, family: int) -> list[ResolveResult]:
+    options = (host, port, family, socket.SOCK_STREAM)
     try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+        found = socket.getaddrinfo(*options, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:  # a name; an address needs no thread
+        found = await call(socket.getaddrinfo, *options)
+    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    return [
+        ResolveResult(hostname=host, host=str(address[0]), port=port, family=found_family, proto=protocol, flags=flags)
+        for found_family, _, protocol, _, address in found
+    ]

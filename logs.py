@@ -13,8 +13,6 @@ import queue
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,10 +25,15 @@ def log(level: int, message: str, *, exception: BaseException | None = None, **f
     logging.getLogger("messages").log(level, message, exc_info=exception, extra={"fields": fields})
 
 
-class _Formatter(logging.Formatter):
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line; what a client sent can not forge a line, since JSON escapes line ends."""
+
     def __init__(self, service: str) -> None:
         super().__init__()
         self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(self.fields(record), default=str)
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -38,22 +41,14 @@ class _Formatter(logging.Formatter):
             "level": record.levelname.lower(),
             "service": self._service,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
-        own: Mapping[str, object] = getattr(record, "fields", {})
-        fields.update((name, value) for name, value in own.items() if value is not None)
         if record.exc_info and record.exc_info[1]:
             fields["exception"] = self.formatException(record.exc_info)
-        return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
-class JSONFormatter(_Formatter):
-    """One JSON object a line; what a client sent can not forge a line, since JSON escapes line ends."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(self.fields(record), default=str)
-
-
-class TextFormatter(_Formatter):
+class TextFormatter(JSONFormatter):
     """For a terminal: time, level, service, message, then name=value, quoted as JSON where that is needed."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -114,9 +109,6 @@ def configure(service: str, level: str, form: str | None) -> None:
     logging.captureWarnings(True)
     sys.unraisablehook = lambda error: _log_lost(error.exc_value)
     threading.excepthook = lambda error: _log_lost(error.exc_value)
-    # aiopg warns of each connection that could not be made, and switches its warnings on when it is imported
-    # (which is before this runs). The failure itself is logged with its cause where it is handled.
-    warnings.filterwarnings("ignore", category=ResourceWarning, module=r"aiopg\.")
 
 
 def _log_lost(error: BaseException | None) -> None:
@@ -133,19 +125,15 @@ class RepeatLog:
         """Write a line; lines with an equal `key` are equal."""
         if key in self._repeats:
             self._repeats[key] += 1
-        else:
-            log(level, message, **fields)
-            fields.pop("exception", None)
-            self._wait(key, level, message, fields)
-
-    def _wait(self, *line: Any) -> None:
-        self._repeats[line[0]] = 0
-        asyncio.get_running_loop().call_later(REPEAT_INTERVAL, self._summarise, *line)
+            return
+        log(level, message, **fields)
+        fields.pop("exception", None)
+        self._repeats[key] = 0
+        asyncio.get_running_loop().call_later(REPEAT_INTERVAL, self._summarise, key, level, message, fields)
 
     def _summarise(self, key: object, level: int, message: str, fields: dict[str, Any]) -> None:
         if repeats := self._repeats.pop(key):
-            log(level, message, **fields, repeats=repeats)
-            self._wait(key, level, message, fields)
+            self.write(key, level, message, **fields | {"repeats": repeats})
 
 
 class Outage:

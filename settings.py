@@ -6,7 +6,6 @@ pass a value that somebody left out.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,46 +15,28 @@ from yarl import URL
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a variable may hold. `parse` raises ValueError or OSError for all else; `expected` says it in words."""
+    """What a variable may hold: what `parse` takes (else it raises ValueError or OSError) and `accepts` allows."""
 
-    parse: Callable[[str], Any]
     expected: str
+    parse: Callable[[str], Any]
+    accepts: Callable[[Any], bool] = lambda _: True
 
 
 def whole_number(low: int, high: int) -> Kind:
-    def parse(text: str) -> int:
-        number = int(text)
-        if not low <= number <= high:
-            raise ValueError
-        return number
-
-    return Kind(parse, f"a whole number from {low} to {high}")
+    return Kind(f"a whole number from {low} to {high}", int, lambda number: low <= number <= high)
 
 
 def seconds(*, zero: bool = False) -> Kind:
-    def parse(text: str) -> float:
-        number = float(text)
-        if not math.isfinite(number) or number < 0 or (number == 0 and not zero) or number > 3600:
-            raise ValueError
-        return number
-
-    return Kind(parse, f"seconds, {'from 0' if zero else 'more than 0'} to 3600")
+    expected = f"seconds, {'from 0' if zero else 'more than 0'} to 3600"
+    return Kind(expected, float, lambda number: 0 < number <= 3600 or (zero and number == 0))
 
 
 def one_of(*choices: str) -> Kind:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError
-        return text
-
-    return Kind(parse, "one of " + ", ".join(choices))
+    return Kind("one of " + ", ".join(choices), str, choices.__contains__)
 
 
-def _base_url(text: str) -> URL:
-    url = URL(text)
-    if url.scheme not in ("http", "https") or not url.host or url.query_string or url.fragment or url.user:
-        raise ValueError
-    return url
+def _is_base_url(url: URL) -> bool:
+    return url.scheme in ("http", "https") and bool(url.host) and not (url.query_string or url.fragment or url.user)
 
 
 def _readable_file(text: str) -> str:
@@ -63,10 +44,10 @@ def _readable_file(text: str) -> str:
         return text
 
 
-PORT = Kind(whole_number(0, 65535).parse, "a port from 0 to 65535; 0: the system chooses")
-TEXT = Kind(str, "text")
-BASE_URL = Kind(_base_url, "a URL such as http://host:8001, without user, query or fragment")
-READABLE_FILE = Kind(_readable_file, "the path of a file that this process can read")
+PORT = Kind("a port from 0 to 65535; 0: the system chooses", int, lambda number: 0 <= number <= 65535)
+TEXT = Kind("text", str)
+BASE_URL = Kind("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
+READABLE_FILE = Kind("the path of a file that this process can read", _readable_file)
 
 
 def setting(default: object, kind: Kind, meaning: str, *, secret: bool = False, shown: str | None = None) -> Any:
@@ -93,13 +74,16 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
     for field in dataclasses.fields(declaration):  # type: ignore[arg-type]  # always a dataclass
         name, kind = field.name.upper(), field.metadata["kind"]
         text = environ.get(name, "")
-        if text:
-            try:
-                values[field.name] = kind.parse(text)
-            except (ValueError, OSError):
-                # A URL may hold a password, too.
-                held = "(hidden)" if field.metadata["secret"] or "@" in text else repr(text)
-                problems.append(f"{name}: {held} is not {kind.expected}")
+        if not text:
+            continue
+        try:
+            values[field.name] = kind.parse(text)
+            wrong = not kind.accepts(values[field.name])
+        except (ValueError, OSError):
+            wrong = True
+        if wrong:  # a URL may hold a password, too
+            held = "(hidden)" if field.metadata["secret"] or "@" in text else repr(text)
+            problems.append(f"{name}: {held} is not {kind.expected}")
     if problems:
         raise SettingsError(problems)
     return declaration(**values)  # may raise `SettingsError` for settings that do not go together
@@ -109,9 +93,8 @@ def table(declaration: type[Any]) -> str:
     """The settings as `--help` prints them: variable, default, meaning."""
     rows = []
     for field in dataclasses.fields(declaration):
-        shown = field.metadata["shown"]
-        default = f"{field.default}" if shown is None else shown
-        kind = field.metadata["kind"]
-        meaning = field.metadata["meaning"] + ("" if kind is TEXT else f" ({kind.expected})")
-        rows.append(f"  {field.name.upper():18} {default:22} {meaning}")
+        kind, meaning, shown = (field.metadata[name] for name in ("kind", "meaning", "shown"))
+        default = str(field.default) if shown is None else shown
+        expected = "" if kind is TEXT else f" ({kind.expected})"
+        rows.append(f"  {field.name.upper():18} {default:22} {meaning}{expected}")
     return "\n".join(rows)
