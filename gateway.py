@@ -19,21 +19,9 @@ from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import uvloop
-from aiohttp import (
-    AddrInfoType,
-    ClientConnectionError,
-    ClientError,
-    ClientResponse,
-    ClientResponseError,
-    ClientSession,
-    ClientTimeout,
-    DummyCookieJar,
-    TCPConnector,
-    TraceConfig,
-    hdrs,
-    web,
-)
+from aiohttp import hdrs, web
 from yarl import URL
 
 import answers
@@ -75,7 +63,7 @@ class Settings(life_cycle.CommonSettings):
 class MessageService:
     """The message service as the gateway sees it."""
 
-    def __init__(self, session: ClientSession, base_url: URL) -> None:
+    def __init__(self, session: aiohttp.ClientSession, base_url: URL) -> None:
         self._session = session
         self._url = base_url / "api/message"
         self._outage = logs.Outage("the message service")
@@ -91,7 +79,7 @@ class MessageService:
         try:
             async with self._session.get(self._url, headers=headers, allow_redirects=False) as response:
                 content = read_content(response.status, _media_type(response), await _read_body(response))
-        except (ClientError, OSError, Problem) as error:
+        except (aiohttp.ClientError, OSError, Problem) as error:
             raise self.failed(to_problem(error), request) from error
         self._outage.succeeded()
         timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
@@ -109,18 +97,18 @@ class MessageService:
         return problem
 
 
-async def _refuse_second_connection(_session: ClientSession, context: SimpleNamespace, _: object) -> None:
+async def _refuse_second_connection(_session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
     """Called before aiohttp connects for a request.
 
     When a connection is closed instead of an answer, aiohttp sends the request once more. That is right for one that
     was kept from before, but a service that closes new ones would only see each request twice.
     """
     if getattr(context, "has_connected", False):
-        raise ClientConnectionError("a new connection ended without an answer")
+        raise aiohttp.ClientConnectionError("a new connection ended without an answer")
     context.has_connected = True
 
 
-def _make_socket(address: AddrInfoType) -> socket.socket:
+def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """A socket for one call, which notices that the message service's host is gone.
 
     Without it all calls that may be in flight can wait for a host that is gone, or for TCP's ever rarer repeats, while
@@ -135,12 +123,12 @@ def _make_socket(address: AddrInfoType) -> socket.socket:
     return made
 
 
-def _media_type(response: ClientResponse) -> str:
+def _media_type(response: aiohttp.ClientResponse) -> str:
     """The media type of a body that can be read as it is; none for one that is compressed, which nobody asked for."""
     return "" if hdrs.CONTENT_ENCODING in response.headers else response.content_type
 
 
-async def _read_body(response: ClientResponse) -> bytes:
+async def _read_body(response: aiohttp.ClientResponse) -> bytes:
     if (response.content_length or math.inf) <= MAX_BODY:
         return await response.read()
     body = bytearray()
@@ -176,7 +164,7 @@ def to_problem(error: Exception) -> Problem:
     """What the gateway's client sees of a failed call."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, ClientResponseError):  # what it sent is no HTTP
+    if isinstance(error, aiohttp.ClientResponseError):  # what it sent is no HTTP
         return bad_answer(repr(error))
     if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `SILENCE`
         return answers.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", repr(error))
@@ -222,22 +210,22 @@ def description_answer() -> Answer:
 
 @contextlib.asynccontextmanager
 async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
-    connections = TraceConfig()
+    connections = aiohttp.TraceConfig()
     connections.on_connection_create_start.append(_refuse_second_connection)
-    session = ClientSession(
+    session = aiohttp.ClientSession(
         trace_configs=[connections],
         # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
-        connector=TCPConnector(
+        connector=aiohttp.TCPConnector(
             resolver=blocking.Resolver(),
             use_dns_cache=False,
             limit=0,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
             socket_factory=_make_socket,
         ),
-        timeout=ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
+        timeout=aiohttp.ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
         headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},
         auto_decompress=False,
-        cookie_jar=DummyCookieJar(),
+        cookie_jar=aiohttp.DummyCookieJar(),
     )
     async with session:
         message_service = MessageService(session, options.downstream_url)

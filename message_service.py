@@ -39,14 +39,11 @@ from settings import setting
 QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
 PREPARE = f"PREPARE message AS {QUERY}"
 EXECUTE = "EXECUTE message"
+SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
 MAX_FILES = 1024  # open files: aiopg calls select(), which fails for a socket whose number is higher
-FAILURES = (
-    psycopg2.Error,
-    OSError,
-    RuntimeError,
-)  # by family, since psycopg2's codes are missing where it matters
+FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +57,9 @@ class Settings(life_cycle.CommonSettings):
     db_password_file: str | None = setting(
         None, settings.READABLE_FILE, "file with its password, read for each new connection", shown="none"
     )
-    db_sslmode: str | None = setting(
-        None,
-        settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-        "TLS to the database",
-        shown="libpq's own, prefer",
-    )
+    db_sslmode: str | None = setting(None, SSL_MODES, "TLS to the database", shown="libpq's own, prefer")
     db_sslrootcert: str | None = setting(
-        None,
-        settings.READABLE_FILE,
-        "certificates that the database's is checked against",
-        shown="libpq's own",
+        None, settings.READABLE_FILE, "certificates that the database's is checked against", shown="libpq's own"
     )
     db_pool_size: int = setting(4, settings.whole_number(1, 100), "connections")
     db_timeout: float = setting(2.0, settings.seconds(), "for connecting plus query")

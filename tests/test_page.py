@@ -26,6 +26,7 @@ if not CHROMIUM:
         "the page is not tested: there is no chromium (Debian: apt-get install chromium)", allow_module_level=True
     )
 FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # Playwright adds what else keeps a browser quiet
+SHORTER = "const limit = AbortSignal.timeout; AbortSignal.timeout = time => limit.call(AbortSignal, time / 10);"
 DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
 RED = "rgb(179, 38, 30)"
 UP = {"gateway": "up", "service": "up", "database": "up"}
@@ -70,12 +71,13 @@ async def show(browser: Browser) -> AsyncIterator[Show]:
     shown = []
 
     async def show(
-        url: str, *, size: ViewportSize = DESKTOP, scheme: Scheme = "light", fake_clock: bool = False
+        url: str, *, size: ViewportSize = DESKTOP, scheme: Scheme = "light", fake_clock: bool = False, script: str = ""
     ) -> Page:
         page = await browser.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
         shown.append((page, Faults(page, url)))
         if fake_clock:
             await page.clock.install()
+        await page.add_init_script(script)
         await page.goto(url)
         await page.locator("#state:not([data-state=unknown])").wait_for()
         return page
@@ -185,6 +187,25 @@ async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: 
         await says("The gateway can not be reached")
         await start("gateway", PORT=ports[0], DOWNSTREAM_URL=service.url)
         await becomes(page, UP, down=[])
+
+
+async def test_no_answer_is_told_from_no_gateway(start: Start, cluster: Cluster, show: Show) -> None:
+    """A gateway that still waits is up; one that is frozen, and does not answer a probe either, is down."""
+
+    service = await start("message_service", **cluster.database().settings())
+    gateway = await start("gateway", DOWNSTREAM_URL=service.url, DOWNSTREAM_TIMEOUT=60)
+    page = await show(gateway.url, script=SHORTER)
+    service.freeze()
+    waits = {"gateway": "up", "service": "unknown", "database": "unknown"}
+    await becomes(page, waits, down=[])
+    assert await page.locator("#problem h2").inner_text() == "No answer yet"
+    gateway.freeze()
+    await becomes(page, waits | {"gateway": "down"}, down=["gateway"])
+    assert await page.locator("#problem h2").inner_text() == "The gateway does not answer"
+    gateway.resume()
+    await becomes(page, waits, down=[])
+    service.resume()
+    await becomes(page, UP, down=[])
 
 
 async def test_an_empty_table_is_nobodys_failure(system: System, show: Show) -> None:
