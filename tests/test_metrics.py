@@ -1,6 +1,7 @@
 """What Prometheus reads at /metrics of both servers, and the alerts that are made of it."""
 
 import asyncio
+import platform
 import re
 import shutil
 import subprocess
@@ -8,9 +9,11 @@ import subprocess
 import pytest
 from conftest import Start, System
 from kit import ROOT, eventually
-from kit.client import get
+from kit.client import exchange, get
 from kit.postgres import Database
 from prometheus_client.parser import text_string_to_metric_families
+
+from server import VERSION
 
 
 async def scrape(url: str) -> dict[str, float]:
@@ -44,13 +47,16 @@ async def test_requests_are_counted_by_method_route_and_status(fresh: System) ->
     await get(url + "/api/string", headers={"If-None-Match": etag})
     await get(url + "/api/string", "POST")
     await get(url + "/made-up")
+    await exchange(url, b"made-up\r\n\r\n")
     samples = await scrape(url)
     assert samples[REQUESTS.format("GET", 200, "/api/string")] == 1
     assert samples[REQUESTS.format("HEAD", 200, "/api/string")] == 1
     assert samples[REQUESTS.format("GET", 304, "/api/string")] == 1
     assert samples[REQUESTS.format("_OTHER", 405, "/api/string")] == 1
     assert samples[REQUESTS.format("GET", 404, "unmatched")] == 1
+    assert samples[REQUESTS.format("_OTHER", 400, "unmatched")] == 1
     assert not [name for name in samples if "made-up" in name]
+    assert samples[REQUESTS.replace("_count", "_sum").format("GET", 200, "/api/string")] > 0
     assert samples["http_server_active_requests"] == 1  # the one that asks
 
 
@@ -66,6 +72,35 @@ async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
     assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
     assert samples["db_client_connection_count db_client_connection_state=used"] == 0
     assert samples["db_client_connection_max"] == 4
+
+
+async def test_callers_that_share_a_run_are_counted(fresh: System) -> None:
+    """Twenty at once are twenty callers, in fewer runs."""
+    with fresh.database.locked():
+        asked = [asyncio.create_task(get(fresh.gateway.url + "/api/string")) for _ in range(20)]
+        await eventually(lambda: active(fresh.gateway.url, 20))
+    assert {(await each).status for each in asked} == {200}
+    samples = await scrape(fresh.gateway.url)
+    assert samples["coalescing_batch_size_callers_sum"] == 20
+    assert samples["coalescing_batch_size_callers_count"] == samples["coalescing_runs_total outcome=answered"] < 20
+
+
+async def active(url: str, count: int) -> bool:
+    return (await scrape(url))["http_server_active_requests"] == count + 1  # the one that asks
+
+
+async def test_what_holds_up_the_event_loop_shows(fresh: System) -> None:
+    """A server that stood still says so; its version and its Python's are there as well."""
+    fresh.gateway.freeze()
+    await asyncio.sleep(1)
+    fresh.gateway.resume()
+
+    async def lags() -> bool:
+        return (await scrape(fresh.gateway.url))["event_loop_lag_seconds_sum"] > 0.4
+
+    await eventually(lags)
+    samples = await scrape(fresh.gateway.url)
+    assert samples[f"messages_build_info python={platform.python_version()} version={VERSION}"] == 1
 
 
 async def test_a_connection_is_idle_or_used(fresh: System) -> None:
