@@ -109,6 +109,8 @@ def start() -> Iterator[Start]:
 
 def close_all(servers: list[Server]) -> None:
     """Close each one, the last started first, and then report the first fault."""
+    for server in reversed(servers):
+        server.stop()
     faults = []
     for server in reversed(servers):
         try:

@@ -69,6 +69,7 @@ async def test_ten_thousand_idle_connections(observed: StartObserved, make_peer:
     note("-")
 
 
+@pytest.mark.matrix
 @BOTH
 @row("all open files taken by idle connections (`ulimit -n 64`)", "200; the oldest idle ones are closed")
 async def test_idle_connections_keep_nobody_out(
@@ -103,6 +104,7 @@ async def test_idle_connections_and_no_database(observed: StartObserved, databas
     note("-")
 
 
+@pytest.mark.matrix
 @row("all open files taken by requests under way (`ulimit -n 64`)", "a close for whom there is no room")
 async def test_too_many_requests_at_once(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
     """Who was there first is answered; room is there again as soon as one of them has left."""

@@ -56,6 +56,7 @@ async def test_it_is_frozen(chain: Chain) -> None:
         chain.service.resume()
 
 
+@pytest.mark.matrix
 @row("packets between the two dropped silently, no FIN", "504")
 async def test_silence(
     own_network: Callable[..., None], observed: StartObserved, make_peer: MakePeer, note: RowOf

@@ -64,6 +64,7 @@ def limit(server: Server, kind: int, value: int) -> int:
     return before
 
 
+@pytest.mark.matrix
 @BOTH
 @row("no open file left, then some again", "closed, or late by a second at most")
 async def test_no_open_file_left(observed: StartObserved, system: System, note: RowOf, name: str) -> None:
@@ -178,6 +179,7 @@ async def test_stderr_is_gone(
     note("-")
 
 
+@pytest.mark.matrix
 @BOTH
 @row("log reader that blocks", "200")
 async def test_a_log_reader_that_blocks(

@@ -165,15 +165,19 @@ class Server:
             reader.join(5)
         return status
 
-    def close(self) -> None:
-        """End it, whatever state it is in; AssertionError when it said what no server should say."""
+    def stop(self) -> None:
+        """Ask it to end, whatever state it is in, and do not wait; asked once more, it ends at once."""
         if self.process.poll() is None:
             self.resume()
             self.terminate()
-            try:
-                self.process.wait(1)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+
+    def close(self) -> None:
+        """End it; AssertionError when it said what no server should say."""
+        self.stop()
+        try:
+            self.process.wait(1)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
         self.finish()
         assert not self.noise, f"{self.name} wrote more than log lines: {''.join(self.noise)}"
         tracebacks = [line["exception"] for line in self.log if "exception" in line]
