@@ -24,6 +24,7 @@ import settings
 from server import VERSION, Route, Server, wait_for_event
 from settings import setting
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_FILES = 16_384  # open files, fewer where the system allows fewer; a client's connection takes one, and some 10 kB
 SPARE_FILES = 128  # of them, for other things than clients: connections to what is behind, name look-ups
 LAST_ACCEPTS = 0.05  # seconds of draining at least: who connected before the signal may still wait to be accepted
@@ -53,7 +54,7 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket, 
     """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     loop.set_exception_handler(_stray_error_log())
     metrics.BUILD.info({"version": VERSION, "python": platform.python_version()})
@@ -79,6 +80,10 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket, 
         # 4. The session or the pool is closed, by leaving the context.
     lag.cancel()
     logs.log(logging.INFO, "stopped")
+    # 5. Further signals find nothing left to hurry; without this they would kill the process, or make asyncio complain.
+    for number in STOP_SIGNALS:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def allow_connections(max_files: int) -> int:

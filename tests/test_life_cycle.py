@@ -161,6 +161,17 @@ async def test_idle_it_ends_within_a_second(server: Server, number: signal.Signa
     assert server.log[-1]["message"] == "stopped"
 
 
+@servers()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signals_to_the_very_end(server: Server, number: signal.Signals) -> None:
+    """Who asks again and again, as an impatient person does, gets exit status 0 and no noise."""
+    async with asyncio.timeout(5):
+        while server.process.poll() is None:
+            server.terminate(number)
+            await asyncio.sleep(0.0005)
+    assert await server.exit_status() == 0
+
+
 @servers(SHUTDOWN_SECONDS=5, DB_TIMEOUT=5)
 async def test_what_is_in_flight_is_finished(server: Server, database: Database, system: System) -> None:
     """A request that takes a while gets its answer, while nobody can connect any more."""
