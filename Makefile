@@ -13,7 +13,7 @@ run: .venv/.local  ## the whole system on this machine: PostgreSQL, message serv
 	@$(BIN)/python local_stack.py
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: .venv/.dev  ## break everything under load, for some minutes; writes the table in README.md
 	FAULTS_TABLE=README.md $(BIN)/python -m pytest -m "" tests/faults

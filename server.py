@@ -75,7 +75,7 @@ class Server(web.Server):
         self._routes = {**routes, "/healthz": always(ALIVE), "/readyz": self._readyz, "/metrics": metrics.answer}
         self._access_log = access_log
         self._max_connections = max_connections
-        self._open_connections = 0
+        self._open: dict[web.RequestHandler, None] = {}  # connections, in the order of their arrival
         self._failures = logs.RepeatLog()
         self._in_flight: set[web.RequestHandler] = set()  # connections with a request in hand
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
@@ -93,26 +93,25 @@ class Server(web.Server):
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        self._open_connections += 1
-        if self._open_connections > self._max_connections:
-            self._make_room(transport)
+        if len(self._open) >= self._max_connections:
+            self._make_room()
+        if len(self._open) < self._max_connections:
+            self._open[handler] = None
+        else:
+            transport.abort()
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
-        self._open_connections -= 1
+        self._open.pop(handler, None)
 
-    def _make_room(self, newest: asyncio.Transport) -> None:
-        """Close some of the oldest that are idle, or the newest when none is: who only holds connections keeps nobody
-        out, probes included.
-        """
+    def _make_room(self) -> None:
+        """Close some of the oldest that are idle: who only holds connections keeps nobody out, probes included."""
         limit = self._max_connections
         self._failures.write("full", logging.WARNING, "too many connections: closing the oldest idle ones", limit=limit)
-        # Those closed just now are still among them, without a transport.
-        idle = [each for each in self.connections if each.transport and self.is_idle(each)]
+        idle = [connection for connection in self._open if self.is_idle(connection)]
         for connection in idle[: limit // 64 + 1]:  # not one at a time, since looking at all of them takes a while
             connection.force_close()
-        if not idle:
-            newest.abort()
+            del self._open[connection]
 
     def is_idle(self, connection: web.RequestHandler) -> bool:
         return connection not in self._in_flight
