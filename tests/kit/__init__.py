@@ -39,6 +39,14 @@ async def eventually(condition: Callable[[], Any], within: float = 5, every: flo
         await asyncio.sleep(every)
 
 
+def wait_until(condition: Callable[[], Any], within: float, fault: Callable[[], str]) -> None:
+    """As `eventually`, outside an event loop; AssertionError with what `fault` says when it does not come true."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within} s: {fault()}"
+        time.sleep(0.005)
+
+
 def reserve_port(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
     """A socket that is bound but does not listen: until somebody else listens there, connecting is refused.
 

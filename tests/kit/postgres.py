@@ -15,7 +15,6 @@ import pwd
 import shutil
 import signal
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import psycopg2
 
-from kit import ROOT, child_pids, reserve_port
+from kit import ROOT, child_pids, reserve_port, wait_until
 
 USER = "nobody" if os.geteuid() == 0 else None  # who runs PostgreSQL; None: we do
 PASSWORD = "correct horse battery staple"
@@ -221,11 +220,12 @@ class Cluster:
         log_file = self.folder / "log"
         with log_file.open("a") as log:
             self.process = subprocess.Popen(command, user=USER, stdout=log, stderr=log, cwd="/", start_new_session=True)
-        deadline = time.monotonic() + 30
-        while not self._ready():
-            assert self.process.poll() is None, f"PostgreSQL ended: {log_file.read_text()[-2000:]}"
-            assert time.monotonic() < deadline, f"PostgreSQL did not start: {log_file.read_text()[-2000:]}"
-            time.sleep(0.01)
+        wait_until(
+            lambda: self._ready() or self.process.poll() is not None,
+            within=30,
+            fault=lambda: f"PostgreSQL did not start: {log_file.read_text()[-2000:]}",
+        )
+        assert self.process.poll() is None, f"PostgreSQL ended: {log_file.read_text()[-2000:]}"
 
     def _ready(self) -> bool:
         try:
@@ -256,8 +256,8 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
-        while any(_runs(pid) for pid in pids):  # not before would a new start find their shared memory free
-            time.sleep(0.01)
+        # Not before would a new start find their shared memory free.
+        wait_until(lambda: not any(map(_runs, pids)), within=30, fault=lambda: f"{pids} were killed, but run on")
 
     def freeze(self) -> None:
         """SIGSTOP every process of it: connections stay up, the kernel accepts new ones, nobody answers."""
@@ -287,8 +287,12 @@ def _stop(pid: int) -> None:
     """SIGSTOP a process, and return when it has stopped; one that is gone is no fault."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         os.kill(pid, signal.SIGSTOP)
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TZX":
-            time.sleep(0.001)
+        state = Path(f"/proc/{pid}/stat")
+        wait_until(
+            lambda: state.read_text().rpartition(")")[2].split()[0] in "TZX",
+            within=10,
+            fault=lambda: f"{pid} does not stop",
+        )
 
 
 def _runs(pid: int) -> bool:

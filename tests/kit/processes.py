@@ -12,14 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from kit import ROOT, eventually
+from kit import ROOT, eventually, wait_until
 
 DEFAULTS = {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "json"}
 
@@ -188,8 +187,5 @@ class Server:
 
 def wait_listening(server: Server) -> Server:
     """As `Server.listening`, for fixtures outside an event loop."""
-    deadline = time.monotonic() + 15
-    while not server.listens():
-        assert time.monotonic() < deadline, f"{server.name} does not listen: {server.noise} {server.log}"
-        time.sleep(0.01)
+    wait_until(server.listens, within=15, fault=lambda: f"{server.name} does not listen: {server.noise} {server.log}")
     return server
