@@ -155,12 +155,13 @@ def system_rows(results: Results, summary: Summary, connections: int) -> list[li
 
 def markdown(results: Results) -> str:
     summary, flatness = summarise(results["measurements"]), summarise(results["flatness"])
+    # Not below zero, which is what the kernel's accounting in ticks can come to where nobody else was there.
+    others = max(0, median(each["cpu_others"] for each in results["measurements"]))
     parts = ["# Benchmark\n"]
     parts.append(
         f"Medians of {results['rounds']} interleaved rounds of {results['seconds']} s, each after a warm-up. "
         "wrk, PostgreSQL and the systems share one machine and its loopback; every service is one process. "
-        f"Command: `{results['command']}`. Other processes used "
-        f"{median(each['cpu_others'] for each in results['measurements']):.0%} of the processors meanwhile.\n"
+        f"Command: `{results['command']}`. Other processes used {others:.0%} of the processors meanwhile.\n"
     )
     parts.append(table(["machine", ""], [[k, v] for k, v in results["machine"].items()]).replace("---:", "---"))
     parts.append("## Targets\n")
