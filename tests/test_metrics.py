@@ -65,10 +65,11 @@ async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
     for _ in range(3):
         await get(fresh.gateway.url + "/api/string")
     samples = await scrape(fresh.gateway.url)
-    assert samples["coalescing_runs_total outcome=answered"] == 3
-    assert samples["coalescing_batch_size_callers_sum"] == 3
+    assert samples["coalescing_run_callers_count outcome=answered"] == 3
+    assert samples["coalescing_run_callers_sum outcome=answered"] == 3
+    assert samples["coalescing_run_callers_bucket le=1.0 outcome=answered"] == 3
     samples = await scrape(fresh.service.url)
-    assert samples["coalescing_runs_total outcome=answered"] == 3
+    assert samples["coalescing_run_callers_count outcome=answered"] == 3
     assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
     assert samples["db_client_connection_count db_client_connection_state=used"] == 0
     assert samples["db_client_connection_max"] == 4
@@ -81,8 +82,11 @@ async def test_callers_that_share_a_run_are_counted(fresh: System) -> None:
         await eventually(lambda: active(fresh.gateway.url, 20))
     assert {(await each).status for each in asked} == {200}
     samples = await scrape(fresh.gateway.url)
-    assert samples["coalescing_batch_size_callers_sum"] == 20
-    assert samples["coalescing_batch_size_callers_count"] == samples["coalescing_runs_total outcome=answered"] < 20
+    assert samples["coalescing_run_callers_sum outcome=answered"] == 20
+    runs = samples["coalescing_run_callers_count outcome=answered"]
+    buckets = [value for name, value in samples.items() if name.startswith("coalescing_run_callers_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[0] < buckets[-1] == runs < 20
 
 
 async def active(url: str, count: int) -> bool:
@@ -128,7 +132,7 @@ async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> Non
     samples = await scrape(service.url)
     assert samples["db_client_connect_failures_total"] == 1
     assert samples["dependency_errors_total error_type=unavailable"] == 1
-    assert samples["coalescing_runs_total outcome=failed"] == 1
+    assert samples["coalescing_run_callers_count outcome=failed"] == 1
     assert (await scrape(gateway.url))["dependency_errors_total error_type=unavailable"] == 1
 
 

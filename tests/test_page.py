@@ -224,7 +224,7 @@ async def test_an_empty_table_is_nobodys_failure(system: System, show: Show) -> 
 async def runs(system: System) -> float:
     """How many queries the message service has made."""
     metrics = (await get(system.service.url + "/metrics")).body.decode()
-    return sum(float(value) for value in re.findall(r"^coalescing_runs_total{.*} (.*)$", metrics, re.MULTILINE))
+    return sum(float(value) for value in re.findall(r"^coalescing_run_callers_count{.*} (.*)$", metrics, re.MULTILINE))
 
 
 async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Show) -> None:
