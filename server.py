@@ -167,17 +167,17 @@ class Server(web.Server):
             status, head, body = HTTPStatus.NOT_MODIFIED, answer.not_modified_head, b""
         elif request.method == "HEAD":
             body = b""
-        old = request.version < (1, 1)
+        http_1_0 = request.version < (1, 1)
         keep_alive = (
             request.keep_alive
             and not self.draining
             and hdrs.UPGRADE not in request.headers  # aiohttp's parser loses what follows one that nobody takes up
-            and not (old and hdrs.TRANSFER_ENCODING in request.headers)  # RFC 9112, 6.1
+            and not (http_1_0 and hdrs.TRANSFER_ENCODING in request.headers)  # RFC 9112, 6.1
         )
         own = f"X-Request-ID: {request[REQUEST_ID]}\r\nDate: {rfc822_formatted_time()}\r\n"
         if not keep_alive:
             own += "Connection: close\r\n"
-        elif old:
+        elif http_1_0:
             own += "Connection: keep-alive\r\n"
         return _Response(status, b"%b%b\r\n%b" % (head, own.encode(), body), keep_alive)
 

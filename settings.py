@@ -44,7 +44,7 @@ def _readable_file(text: str) -> str:
         return text
 
 
-PORT = Kind("a port from 0 to 65535; 0: the system chooses", int, lambda number: 0 <= number <= 65535)
+PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0: the system chooses")
 TEXT = Kind("text", str)
 BASE_URL = Kind("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
 READABLE_FILE = Kind("the path of a file that this process can read", _readable_file)
