@@ -3,10 +3,10 @@
 FROM python:3.13-slim AS packages
 # hadolint ignore=DL3008  # any version of `strip` will do, and none gets into the image
 RUN apt-get update -q && apt-get install -qy --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
-COPY requirements.txt /
+COPY requirements/runtime.txt /
 # Without the programs that come along, and without debug information, which is half of all.
 RUN python -m pip install --disable-pip-version-check --root-user-action=ignore --no-cache-dir --no-compile \
-    --require-hashes --only-binary :all: --prefix /packages -r /requirements.txt && \
+    --require-hashes --only-binary :all: --prefix /packages -r /runtime.txt && \
     rm -r /packages/bin && \
     find /packages -name "*.so" -exec strip --strip-debug {} +
 

@@ -10,13 +10,13 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 run: .venv/.local  ## the whole system on this machine: PostgreSQL, message service, gateway
-	@$(BIN)/python local_stack.py
+	@$(BIN)/python tools/local_stack.py
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-faults: .venv/.dev  ## break everything under load, for some minutes; writes the table in README.md
-	FAULTS_TABLE=README.md $(BIN)/python -m pytest -m "" tests/faults
+faults: .venv/.dev  ## break everything under load, for some minutes; writes the table in docs/faults.md
+	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "" tests/faults
 
 check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
-aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws.yaml, without AWS
+aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws/template.yaml, without AWS
 	$(BIN)/python -m pytest tests/aws
 
 bench: .venv-bench/.installed benchmarks/fastify/node_modules  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
@@ -38,7 +38,7 @@ bench: .venv-bench/.installed benchmarks/fastify/node_modules  ## measure agains
 # The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
-.venv-bench/.installed: requirements-bench.txt
+.venv-bench/.installed: requirements/bench.txt
 	@test -x .venv-bench/bin/python || { echo "making .venv-bench with $(BENCH_PYTHON)"; $(BENCH_PYTHON) -m venv .venv-bench; }
 	@echo "installing $<"
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
@@ -49,7 +49,7 @@ benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
 	else echo "npm is missing: Fastify cannot be measured"; fi
 
 # A group's environment is up to date when its stamp is newer than its lock file.
-.venv/.%: requirements-%.txt
+.venv/.%: requirements/%.txt
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing $<"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
@@ -57,11 +57,11 @@ benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
 lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
-	$(BIN)/pip-compile $(LOCK) --output-file requirements.txt pyproject.toml
-	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements-local.txt pyproject.toml
-	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements-dev.txt pyproject.toml
-	$(BIN)/pip-compile $(LOCK) --extra aws --constraint requirements-dev.txt --output-file requirements-aws.txt pyproject.toml
-	$(BIN)/pip-compile $(LOCK) --extra local --extra bench --output-file requirements-bench.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --output-file requirements/runtime.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements/local.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements/dev.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra aws --constraint requirements/dev.txt --output-file requirements/aws.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --extra bench --output-file requirements/bench.txt pyproject.toml
 LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
 
 clean:  ## remove what the targets made, the local database included

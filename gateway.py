@@ -24,15 +24,15 @@ import uvloop
 from aiohttp import hdrs, web
 from yarl import URL
 
-import answers
-import blocking
-import life_cycle
+import lifecycle
 import logs
 import metrics
+import responses
 import server
 import settings
-from answers import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Answer, Problem
+import threads
 from coalescing import Coalescer, RunTimeoutError
+from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Answer, Problem
 from server import REQUEST, REQUEST_ID, Route
 from settings import setting
 
@@ -54,7 +54,7 @@ _VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(life_cycle.CommonSettings):
+class Settings(lifecycle.CommonSettings):
     port: int = setting(8000, settings.PORT, "where to listen")
     downstream_url: URL = setting(URL("http://localhost:8001"), settings.BASE_URL, "the message service")
     downstream_timeout: float = setting(5.0, settings.seconds(), "for the whole call of the message service")
@@ -86,7 +86,7 @@ class MessageService:
         behind = response.headers.get("Server-Timing", "")
         if _VALID_SERVER_TIMING(behind):
             timing += f", {behind}"
-        return answers.json_answer("result", content, {"Server-Timing": timing})
+        return responses.json_answer("result", content, {"Server-Timing": timing})
 
     def failed(self, problem: Problem, request: web.BaseRequest) -> Problem:
         """Remember a failure of the call that was made in the name of this request, and return it."""
@@ -149,12 +149,12 @@ def read_content(status: int, media_type: str, body: bytes) -> str:
             return str(content)
         if media_type == "application/problem+json":
             if status == HTTPStatus.NOT_FOUND and members["type"] == NO_MESSAGE:
-                raise answers.no_message()
+                raise responses.no_message()
             cause = f"it said {members['detail']}"
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                raise answers.unavailable(DATABASE, "The message service has no database.", cause)
+                raise responses.unavailable(DATABASE, "The message service has no database.", cause)
             if status == HTTPStatus.GATEWAY_TIMEOUT:
-                raise answers.timed_out(DATABASE, "The database did not answer in time.", cause)
+                raise responses.timed_out(DATABASE, "The database did not answer in time.", cause)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {error!r}") from error
     raise bad_answer(f"status {status}, {media_type or 'no readable type'}")
@@ -167,8 +167,8 @@ def to_problem(error: Exception) -> Problem:
     if isinstance(error, aiohttp.ClientResponseError):  # what it sent is no HTTP
         return bad_answer(repr(error))
     if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `SILENCE`
-        return answers.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", repr(error))
-    return answers.unavailable(MESSAGE_SERVICE, "The message service can not be reached.", repr(error))
+        return responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", repr(error))
+    return responses.unavailable(MESSAGE_SERVICE, "The message service can not be reached.", repr(error))
 
 
 def bad_answer(cause: str) -> Problem:
@@ -216,7 +216,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
         trace_configs=[connections],
         # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
         connector=aiohttp.TCPConnector(
-            resolver=blocking.Resolver(),
+            resolver=threads.Resolver(),
             use_dns_cache=False,
             limit=0,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
@@ -238,7 +238,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
                 return await ask()
             except RunTimeoutError as error:
                 detail = "The message service did not answer in time."
-                problem = answers.timed_out(MESSAGE_SERVICE, detail, "no answer")
+                problem = responses.timed_out(MESSAGE_SERVICE, detail, "no answer")
                 raise message_service.failed(problem, error.context[REQUEST]) from error
 
         yield {
@@ -249,7 +249,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
 
 
 if __name__ == "__main__":
-    life_cycle.main(
+    lifecycle.main(
         "gateway",
         "Answers /api/string with what the message service says.",
         Settings,

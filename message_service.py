@@ -23,15 +23,15 @@ import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import make_dsn
 
-import answers
-import blocking
-import life_cycle
+import lifecycle
 import logs
 import metrics
+import responses
 import server
 import settings
-from answers import DATABASE, Answer, Problem
+import threads
 from coalescing import Coalescer, RunTimeoutError
+from responses import DATABASE, Answer, Problem
 from server import Route
 from settings import setting
 
@@ -47,7 +47,7 @@ FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's code
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(life_cycle.CommonSettings):
+class Settings(lifecycle.CommonSettings):
     port: int = setting(8001, settings.PORT, "where to listen")
     db_host: str = setting("localhost", settings.TEXT, "PostgreSQL's name or address; /… is a socket folder")
     db_port: int = setting(5432, settings.PORT, "PostgreSQL's port")
@@ -97,7 +97,7 @@ class Slot:
     hold up everybody, those included for whom a live connection is free.
     """
 
-    def __init__(self, options: Settings, resolver: blocking.Resolver) -> None:
+    def __init__(self, options: Settings, resolver: threads.Resolver) -> None:
         self._options = options
         self._resolver = resolver
         self._connect_with: dict[str, str | None] = {}
@@ -179,7 +179,7 @@ class Slot:
         libpq itself would do all that in the event loop, and try the addresses on sockets that aiopg does not watch.
         """
         password = (
-            await blocking.call(self._options.password) if self._options.db_password_file else self._options.db_password
+            await threads.call(self._options.password) if self._options.db_password_file else self._options.db_password
         )
         addresses: list[str | None] = [None]  # a socket folder has none
         if not self._options.db_host.startswith("/"):
@@ -210,7 +210,7 @@ class Database:
     """The database as the message service sees it: the query, over at most `DB_POOL_SIZE` connections."""
 
     def __init__(self, options: Settings) -> None:
-        resolver = blocking.Resolver()
+        resolver = threads.Resolver()
         self._slots = [Slot(options, resolver) for _ in range(options.db_pool_size)]
         self._idle = deque(self._slots)  # connected ones at the right, where they are taken from
         self._outage = logs.Outage("the database")
@@ -253,7 +253,7 @@ class Database:
             f"service;dur={(time.perf_counter() - started) * 1000:.2f}, "
             f'database;dur={(queried - started) * 1000:.2f};desc="{self._name}-{next(self._queries)}"'
         )
-        return answers.json_answer("message", content, {"Server-Timing": timing})
+        return responses.json_answer("message", content, {"Server-Timing": timing})
 
     def failed(self, problem: Problem) -> Problem:
         """Remember a failure of the database, and return it."""
@@ -267,9 +267,9 @@ class Database:
 def content_of(row: tuple[object] | None) -> str:
     """The message in a row of the table. Raises `Problem` when there is no row, or no text in it."""
     if row is None:
-        raise answers.no_message()
+        raise responses.no_message()
     if not isinstance(row[0], str):
-        raise answers.unavailable(DATABASE, "The database holds no text.", f"content is a {type(row[0]).__name__}")
+        raise responses.unavailable(DATABASE, "The database holds no text.", f"content is a {type(row[0]).__name__}")
     return row[0]
 
 
@@ -277,8 +277,8 @@ def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, told by libpq
-        return answers.timed_out(DATABASE, "The database did not answer in time.", cause)
-    return answers.unavailable(DATABASE, "The database is not available.", cause)
+        return responses.timed_out(DATABASE, "The database did not answer in time.", cause)
+    return responses.unavailable(DATABASE, "The database is not available.", cause)
 
 
 def _ignore_cancelled_queries(loop: asyncio.AbstractEventLoop) -> None:
@@ -311,7 +311,7 @@ async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
                 with contextlib.suppress(Problem):  # an empty table is ready; failures are remembered
                     await message()
             if database.failure:
-                raise answers.not_ready(database.failure.detail, database.failure.cause)
+                raise responses.not_ready(database.failure.detail, database.failure.cause)
             return server.READY
 
         yield {"/api/message": message, "/readyz": ready}
@@ -330,7 +330,7 @@ def apply_schema(options: Settings) -> str:
 
 
 if __name__ == "__main__":
-    life_cycle.main(
+    lifecycle.main(
         "message_service",
         "Answers /api/message with the string stored in PostgreSQL.",
         Settings,

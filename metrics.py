@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Inf
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from answers import Answer
+from responses import Answer
 
 LAG_INTERVAL = 0.5  # seconds between two looks at the event loop
 

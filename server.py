@@ -22,10 +22,10 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time  # not documented, but made only once a second
 
-import answers
 import logs
 import metrics
-from answers import Answer, Problem
+import responses
+from responses import Answer, Problem
 
 VERSION = "0.1.0"
 
@@ -118,7 +118,7 @@ class Server(web.Server):
 
     async def _readyz(self) -> Answer:
         if self.draining:
-            raise answers.not_ready("This server is about to stop.")
+            raise responses.not_ready("This server is about to stop.")
         return await self._ready()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -19,7 +19,7 @@ from kit import ROOT, eventually
 from kit.client import Answer, get
 from kit.processes import run
 
-from life_cycle import CommonSettings
+from lifecycle import CommonSettings
 from server import VERSION
 
 SERVERS = ["gateway", "message_service"]
@@ -191,7 +191,7 @@ def test_only_the_product_is_in_the_image(image: str) -> None:
     site_packages = re.compile(r"/usr/local/lib/python3\.\d+/site-packages/")
     assert not [path for path in sources if not path.startswith("/app/") and not site_packages.match(path)]
     distributions = {found[1].lower() for path in sources if (found := re.search(r"/([^/]+)-[^-/]+\.dist-info/", path))}
-    locked = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    locked = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements/runtime.txt").read_text(), re.MULTILINE)
     assert distributions == {name.replace("-", "_") for name in locked}
 
 

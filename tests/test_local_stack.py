@@ -21,6 +21,7 @@ def folder(session_folder: Path) -> Iterator[Path]:
     for file in ROOT.iterdir():
         if file.suffix in (".py", ".sql", ".html", ".yaml"):
             shutil.copy(file, folder)
+    shutil.copytree(ROOT / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     yield folder
     shutil.rmtree(folder)
 
@@ -32,7 +33,7 @@ class LocalStack:
         with reserve_port() as gateway, reserve_port() as service:
             self.ports = gateway.getsockname()[1], service.getsockname()[1]
         ports = {"GATEWAY_PORT": self.ports[0], "MESSAGE_SERVICE_PORT": self.ports[1]}
-        self.process = Server("local_stack", "local_stack.py", cwd=folder, PORT=None, **(ports | settings))
+        self.process = Server("local_stack", "tools/local_stack.py", cwd=folder, PORT=None, **(ports | settings))
 
     @property
     def said(self) -> str:

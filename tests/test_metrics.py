@@ -156,13 +156,13 @@ def test_alerts() -> None:
     assert tried.returncode == 0, tried.stdout + tried.stderr
 
 
-async def test_alerts_and_readme_use_metrics_that_are_there(system: System) -> None:
-    """Every metric that alerts.yaml or the README names is one that a server has."""
+async def test_alerts_and_docs_use_metrics_that_are_there(system: System) -> None:
+    """Every metric that docs/alerts.yaml or docs/operating.md names is one that a server has."""
     await get(system.gateway.url + "/api/string")
     there = set(await scrape(system.gateway.url)) | set(await scrape(system.service.url))
     names = {name.split()[0] for name in there}
     pattern = r"\b(?:http_server|coalescing|dependency|db_client|event_loop|process|messages_build)_[a-z_]+[a-z]"
-    for file in ("alerts.yaml", "README.md"):
+    for file in ("docs/alerts.yaml", "docs/operating.md"):
         used = set(re.findall(pattern, (ROOT / file).read_text()))
         labels = {label for name in there for label in re.findall(r" ([a-z_]+)=", name)}
         assert used - names - labels - {"dependency_errors_total"} == set()

@@ -1,4 +1,4 @@
-"""What instrumentation from outside sees; README, "Traces without code", is what it is for."""
+"""What instrumentation from outside sees; docs/operating.md, "Traces without code", is what it is for."""
 
 from conftest import Start
 from kit.client import get

@@ -1,7 +1,7 @@
-"""Deliberate faults for aws.yaml: each is one change that a person could make and a reviewer could miss.
+"""Deliberate faults for aws/template.yaml: each is one change that a person could make and a reviewer could miss.
 
 A fault says where in the template it goes (a path of keys, `/` between them, numbers for items of a list) and what the
-value becomes; `GONE` takes the key or the item away. The names of resources are those of aws.yaml: a path that leads
+value becomes; `GONE` takes the key or the item away. The names of resources are the template's: a path that leads
 nowhere is an error, so that no fault is silently without effect.
 """
 

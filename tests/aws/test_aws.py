@@ -1,9 +1,9 @@
-"""aws.yaml: linted, validated and simulated. Nothing here reaches AWS.
+"""aws/template.yaml: linted, validated and simulated. Nothing here reaches AWS.
 
 Three checks, because each sees what the others cannot: cfn-lint knows the schemas and the actions of IAM;
-cloudformation-validate knows them too and runs the rules of aws.guard; the simulation makes every resource on moto and
-the tests with the fixture `stack` ask the services whether the architecture is there. The last test puts one deliberate
-fault after the other (faults.py) into the template and expects one of these checks to find it.
+cloudformation-validate knows them too and runs the rules of rules.guard; the simulation makes every resource on moto
+and the tests with the fixture `stack` ask the services whether the architecture is there. The last test puts one
+deliberate fault after the other (faults.py) into the template and expects one of these checks to find it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from faults import FAULTS, Fault
 from simulation import Observed, SimulationError, parameter_values, simulate
 
 REPOSITORY = Path(__file__).parents[2]
-TEMPLATE = REPOSITORY / "aws.yaml"
-RULES = REPOSITORY / "aws.guard"
+TEMPLATE = REPOSITORY / "aws/template.yaml"
+RULES = REPOSITORY / "aws/rules.guard"
 REGIONS = ["eu-central-1", "us-east-1"]
 ANYWHERE = {"0.0.0.0/0", "::/0"}
 
@@ -71,7 +71,7 @@ def lint_findings(text: str) -> list[str]:
 
 
 def validation_findings(text: str, instance_class: str = "", regions: list[str] = REGIONS) -> list[str]:
-    """What cloudformation-validate says from warnings on, the rules of aws.guard included."""
+    """What cloudformation-validate says from warnings on, the rules of aws/rules.guard included."""
     if not instance_class:
         instance_class = json.loads(text)["Parameters"]["DatabaseInstanceClass"]["Default"]
     findings = set()
@@ -727,7 +727,7 @@ def _with_fault(fault: Fault) -> dict[str, Any]:
 
 
 def test_every_guard_rule_fires() -> None:
-    """Each rule of aws.guard refuses the template once the fault is in that it is there for."""
+    """Each rule of aws/rules.guard refuses the template once the fault is in that it is there for."""
     assert set(re.findall(r"^rule (\w+)", RULES.read_text(), re.MULTILINE)) == set(RULE_FAULTS)
     faults = {fault.name: fault for fault in FAULTS}
     for rule, name in RULE_FAULTS.items():

@@ -1,8 +1,8 @@
 """What holds for each fault is asserted here, once: time, statuses, recovery, footprint, log lines. And the table.
 
 The fixtures and hooks are taken over by conftest.py; the tests are in tests/faults/. The quick ones run with all
-others, the whole matrix with `make faults`, which also writes the README's table. Each test tells its row of that
-table with the marker `fault`: where it belongs, what happens, what a client sees.
+others, the whole matrix with `make faults`, which also writes the table in docs/faults.md. Each test tells its row
+of it with the marker `fault`: where it belongs, what happens, what a client sees.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ MEMORY = 24 * 1024 * 1024  # bytes that a process may have kept after a fault: t
 OBSERVED = """
 import asyncio, runpy, sys
 from http import HTTPStatus
-import answers, gateway, server
+import gateway, responses, server
 name, *changes = sys.argv[1:]
 del sys.argv[1:]
 for change in changes:
     exec(change)
 make = server.Server.__init__
 async def tasks():
-    return answers.Answer(HTTPStatus.OK, "application/json", b"%d" % len(asyncio.all_tasks()))
+    return responses.Answer(HTTPStatus.OK, "application/json", b"%d" % len(asyncio.all_tasks()))
 server.Server.__init__ = lambda self, routes, *rest, **more: make(self, {**routes, "/tasks": tasks}, *rest, **more)
 runpy.run_module(name, run_name="__main__")
 """
@@ -233,7 +233,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if "fault" in properties:
             back = properties.get("back", "-") if report.passed else f"**{report.outcome}**"
             area, fault, sees = properties["fault"]
-            rows.append(Row(area, fault, sees, back, report.nodeid.partition("::")[0]))
+            rows.append(Row(area, fault, sees, back, f"../{report.nodeid.partition('::')[0]}"))
     file = ROOT / target
     file.write_text(render(file.read_text() if file.exists() else "", rows))
 

@@ -1,4 +1,4 @@
-"""The README's table of faults, made from the tests that ran."""
+"""The table of faults in docs/faults.md, made from the tests that ran."""
 
 from dataclasses import dataclass
 
@@ -19,21 +19,21 @@ class Row:
 
 # Faults whose tests are among the ordinary ones: area, fault, what a client sees, when it is good again, test.
 _ELSEWHERE = """
-Database | absent at start | 503 | ≤ 1 s | test_life_cycle.py
+Database | absent at start | 503 | ≤ 1 s | test_lifecycle.py
 Database | restarted between requests | 200 | at once | test_database_faults.py
 Database | table made again or altered between requests | 200 | at once | test_database_faults.py
 Database | query cancelled or timed out on the server | 503, 504 | at once | test_database_faults.py
 Database | password rotated | 200 | at once | test_password.py
 Network and downstream | name unknown, slow, or moved to another address | 503, 504 | ≤ 1 s | test_names.py
-Network and downstream | message service absent | 503 | at once | test_life_cycle.py
+Network and downstream | message service absent | 503 | at once | test_lifecycle.py
 Network and downstream | silent, drips, resets, lies (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
 Network and downstream | redirects elsewhere | 502, not followed | at once | test_downstream_faults.py
 Clients | leave before their answer | - | at once | test_database_faults.py
-Process | SIGTERM or SIGINT while requests never end, and a second one | what is in flight | - | test_life_cycle.py
+Process | SIGTERM or SIGINT while requests never end, and a second one | what is in flight | - | test_lifecycle.py
 Process | nobody reads stderr | 200 | - | test_logs.py
 """
 REFERENCES = [
-    Row(area, fault, sees, back, f"tests/{test}")
+    Row(area, fault, sees, back, f"../tests/{test}")
     for area, fault, sees, back, test in (
         [cell.strip() for cell in line.split(" | ")] for line in _ELSEWHERE.strip().splitlines()
     )

@@ -19,8 +19,8 @@ from pathlib import Path
 import psycopg2
 from psycopg2 import sql
 
-HERE = Path(__file__).parent
-DATA = HERE / ".data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / ".data"
 START_TIMEOUT = 30.0  # seconds for a server to listen
 
 
@@ -59,7 +59,7 @@ def running(module: str, port: str, environment: Mapping[str, str]) -> Iterator[
     say(f"starting {module}")
     process = subprocess.Popen(
         [sys.executable, "-m", module],
-        cwd=HERE,
+        cwd=ROOT,
         env={**os.environ, **environment, "PORT": port},
         start_new_session=True,
     )
@@ -96,7 +96,7 @@ def main() -> None:
         settings = parts.enter_context(database())
         subprocess.run(
             [sys.executable, "-m", "message_service", "--apply-schema"],
-            cwd=HERE,
+            cwd=ROOT,
             env={**os.environ, **settings},
             check=True,
         )

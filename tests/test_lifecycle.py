@@ -68,10 +68,10 @@ async def test_the_message_service_may_come_last(start: Start, database: Databas
 async def test_an_unexpected_error_is_a_500_without_internals(start: Start) -> None:
     """The client gets a problem; the log gets the traceback, once, with the request's id."""
     program = (
-        "import gateway, life_cycle\n"
+        "import gateway, lifecycle\n"
         "async def ask(self): raise ZeroDivisionError('the inside')\n"
         "gateway.MessageService.ask = ask\n"
-        "life_cycle.main('gateway', '', gateway.Settings, gateway.start)"
+        "lifecycle.main('gateway', '', gateway.Settings, gateway.start)"
     )
     gateway = await start("gateway", program=("-c", program))
     gateway.expected_tracebacks = True
