@@ -5,7 +5,6 @@ message service's contract gets through; the gateway stays ready when the messag
 """
 
 import base64
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -14,10 +13,12 @@ import math
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Self
 
 import aiohttp
 import uvloop
@@ -32,19 +33,21 @@ import server
 import settings
 import threads
 from coalescing import Coalescer, RunTimeoutError
-from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Answer, Problem
-from server import REQUEST, REQUEST_ID, Route
+from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Problem, Representation, RepresentationResponse
+from server import REQUEST_ID
 from settings import setting
 
 MAX_CALLS = 4  # calls to the message service in flight: enough to pass by one that is stuck
 MAX_BODY = 1024 * 1024  # bytes of an answer of the message service
 KEEPALIVE_TIMEOUT = 15.0  # seconds; below the message service's 75, so that it is not the one to close first
-SILENCE = (  # the kernel gives up a host that acknowledges nothing; one that is only slow to answer does not notice
+TCP_OPTIONS = (  # the kernel gives up a host that acknowledges nothing; one that is only slow to answer does not notice
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 1),  # seconds without a packet, after which it is asked
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),  # seconds
     (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1500),  # milliseconds; past TCP's first repeat of a SYN, at one second
 )
+
+_REQUEST: ContextVar[web.Request] = ContextVar("request")
 
 _TRACE = "-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"  # its id, the parent's id, flags
 _VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: what versions after 00 add is passed on as it is
@@ -61,17 +64,57 @@ class Settings(lifecycle.CommonSettings):
 
 
 class MessageService:
-    """The message service as the gateway sees it."""
+    """The message service as the gateway sees it: a context that holds the session, and the coalesced call."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: URL) -> None:
-        self._session = session
-        self._url = base_url / "api/message"
+    def __init__(self, settings: Settings) -> None:
+        self._url = settings.downstream_url / "api/message"
         self._outage = logs.Outage("the message service")
+        self._shared_call = Coalescer(
+            self._call, limit=MAX_CALLS, timeout=settings.downstream_timeout, observe=metrics.observe_run
+        )
 
-    async def ask(self) -> Answer:
-        """Ask once, in the name of the request in `REQUEST`, for what the gateway answers. Raises `Problem`."""
+    async def __aenter__(self) -> Self:
+        connections = aiohttp.TraceConfig()
+        connections.on_connection_create_start.append(_refuse_second_connection)
+        self._session = aiohttp.ClientSession(
+            trace_configs=[connections],
+            # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
+            connector=aiohttp.TCPConnector(
+                resolver=threads.Resolver(),
+                use_dns_cache=False,
+                limit=0,
+                keepalive_timeout=KEEPALIVE_TIMEOUT,
+                socket_factory=_make_socket,
+            ),
+            timeout=aiohttp.ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
+            headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def result(self, request: web.Request) -> Representation:
+        """What the gateway answers. Raises `Problem`."""
+        # A run is made in the name of the caller that it was started for: this is how it learns of the request.
+        _REQUEST.set(request)
+        try:
+            content = await self._shared_call()
+        except RunTimeoutError as error:
+            problem = responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", "no answer")
+            raise self._failed(problem, error.context[_REQUEST]) from error
+        except Problem as problem:
+            raise problem.copy() from problem.__cause__
+        if content is None:
+            raise responses.no_message()
+        return content
+
+    async def _call(self) -> Representation | None:
+        """Ask once; None when there is no message. Raises `Problem`."""
         started = time.perf_counter()
-        request = REQUEST.get()
+        request = _REQUEST.get()
         headers = {"X-Request-ID": request[REQUEST_ID]}
         traceparent = request.headers.get("traceparent")
         if traceparent and _VALID_TRACEPARENT(traceparent):
@@ -80,19 +123,20 @@ class MessageService:
             async with self._session.get(self._url, headers=headers, allow_redirects=False) as response:
                 content = read_content(response.status, _media_type(response), await _read_body(response))
         except (aiohttp.ClientError, OSError, Problem) as error:
-            raise self.failed(to_problem(error), request) from error
+            raise self._failed(to_problem(error), request) from error
         self._outage.succeeded()
+        if content is None:
+            return None
         timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
         behind = response.headers.get("Server-Timing", "")
         if _VALID_SERVER_TIMING(behind):
             timing += f", {behind}"
-        return responses.json_answer("result", content, {"Server-Timing": timing})
+        return responses.json_representation("result", content, {"Server-Timing": timing})
 
-    def failed(self, problem: Problem, request: web.BaseRequest) -> Problem:
+    def _failed(self, problem: Problem, request: web.BaseRequest) -> Problem:
         """Remember a failure of the call that was made in the name of this request, and return it."""
-        if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            self._outage.failed()
-            metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
+        self._outage.failed()
+        metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
         problem.downstream_request_id = request[REQUEST_ID]
         return problem
 
@@ -117,7 +161,7 @@ def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
     made.setblocking(False)
-    for level, name, value in SILENCE:
+    for level, name, value in TCP_OPTIONS:
         if hasattr(socket, name):  # not every system has all of them
             made.setsockopt(level, getattr(socket, name), value)
     return made
@@ -139,8 +183,11 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-def read_content(status: int, media_type: str, body: bytes) -> str:
-    """The message in an answer of the message service. Raises `Problem` when it says one, or breaks its contract."""
+def read_content(status: int, media_type: str, body: bytes) -> str | None:
+    """The message in an answer of the message service, None if there is none.
+
+    Raises `Problem` when the answer is one, or breaks the contract.
+    """
     try:
         members = json.loads(body)
         if status == HTTPStatus.OK and media_type == "application/json":
@@ -149,7 +196,7 @@ def read_content(status: int, media_type: str, body: bytes) -> str:
             return str(content)
         if media_type == "application/problem+json":
             if status == HTTPStatus.NOT_FOUND and members["type"] == NO_MESSAGE:
-                raise responses.no_message()
+                return None
             cause = f"it said {members['detail']}"
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
                 raise responses.unavailable(DATABASE, "The message service has no database.", cause)
@@ -166,9 +213,9 @@ def to_problem(error: Exception) -> Problem:
         return error
     if isinstance(error, aiohttp.ClientResponseError):  # what it sent is no HTTP
         return bad_answer(repr(error))
-    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `SILENCE`
+    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `TCP_OPTIONS`
         return responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", repr(error))
-    return responses.unavailable(MESSAGE_SERVICE, "The message service can not be reached.", repr(error))
+    return responses.unavailable(MESSAGE_SERVICE, "The message service cannot be reached.", repr(error))
 
 
 def bad_answer(cause: str) -> Problem:
@@ -192,7 +239,7 @@ def content_security_policy(page: bytes) -> str:
     )
 
 
-def page_answer() -> Answer:
+def _page() -> Representation:
     """index.html, with the headers that keep anything else out of it. Raises `OSError`."""
     page = Path(__file__).with_name("index.html").read_bytes()
     headers = {
@@ -200,52 +247,56 @@ def page_answer() -> Answer:
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
-    return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page, headers)
+    return Representation("text/html; charset=utf-8", page, headers)
 
 
-def description_answer() -> Answer:
+def _description() -> Representation:
     """openapi.yaml. Raises `OSError`."""
-    return Answer(HTTPStatus.OK, "application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
+    return Representation("application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
 
 
-@contextlib.asynccontextmanager
-async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
-    connections = aiohttp.TraceConfig()
-    connections.on_connection_create_start.append(_refuse_second_connection)
-    session = aiohttp.ClientSession(
-        trace_configs=[connections],
-        # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
-        connector=aiohttp.TCPConnector(
-            resolver=threads.Resolver(),
-            use_dns_cache=False,
-            limit=0,
-            keepalive_timeout=KEEPALIVE_TIMEOUT,
-            socket_factory=_make_socket,
-        ),
-        timeout=aiohttp.ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
-        headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
+# ---- the application -------------------------------------------------------------------------------------------
+
+PAGE = web.AppKey("page", Representation)
+DESCRIPTION = web.AppKey("description", Representation)
+SERVICE = web.AppKey("message_service", MessageService)
+
+
+async def string(request: web.Request) -> web.StreamResponse:
+    """`GET /api/string`: the message."""
+    return RepresentationResponse(request, await request.app[SERVICE].result(request))
+
+
+async def page(request: web.Request) -> web.StreamResponse:
+    """`GET /`: a page for people that shows the system at work."""
+    return RepresentationResponse(request, request.app[PAGE])
+
+
+async def description(request: web.Request) -> web.StreamResponse:
+    """`GET /openapi.yaml`: the description of this API."""
+    return RepresentationResponse(request, request.app[DESCRIPTION])
+
+
+def application(settings: Settings) -> web.Application:
+    app = web.Application()
+    app[PAGE], app[DESCRIPTION] = _page(), _description()
+
+    async def message_service(app: web.Application) -> AsyncIterator[None]:
+        async with MessageService(settings) as app[SERVICE]:
+            yield
+
+    app.cleanup_ctx.append(message_service)
+    app.add_routes(
+        [
+            web.get("/", page),
+            web.get("/openapi.yaml", description),
+            web.get("/api/string", string),
+            web.get("/healthz", server.alive),
+            web.get("/readyz", server.ready),
+            web.get("/metrics", metrics.metrics),
+        ]
     )
-    async with session:
-        message_service = MessageService(session, options.downstream_url)
-        ask = Coalescer(
-            message_service.ask, limit=MAX_CALLS, timeout=options.downstream_timeout, observe=metrics.observe_run
-        )
-
-        async def string() -> Answer:
-            try:
-                return await ask()
-            except RunTimeoutError as error:
-                detail = "The message service did not answer in time."
-                problem = responses.timed_out(MESSAGE_SERVICE, detail, "no answer")
-                raise message_service.failed(problem, error.context[REQUEST]) from error
-
-        yield {
-            "/api/string": string,
-            "/": server.always(page_answer()),
-            "/openapi.yaml": server.always(description_answer()),
-        }
+    return app
 
 
 if __name__ == "__main__":
@@ -253,7 +304,7 @@ if __name__ == "__main__":
         "gateway",
         "Answers /api/string with what the message service says.",
         Settings,
-        start,
+        application,
         # A sixth less CPU for each request here; the message service gains little, and aiopg breaks on it (aiopg #909).
         loop_factory=uvloop.new_event_loop,
     )

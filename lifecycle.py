@@ -18,10 +18,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from aiohttp import web
+
 import logs
 import metrics
 import settings
-from server import VERSION, Route, Server, wait_for_event
+from server import VERSION, Server, wait_for_event
 from settings import setting
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -46,11 +48,13 @@ class CommonSettings:
     shutdown_seconds: float = setting(10.0, settings.seconds(zero=True), "then: time for requests in flight")
 
 
-Start = Callable[[Any], contextlib.AbstractAsyncContextManager[Mapping[str, Route]]]
-"""Opens what a server needs for its routes, and closes it at the end. Must not wait for any other part."""
+MakeApplication = Callable[[Any], web.Application]
+"""Makes an application from its settings. Its cleanup contexts must not wait for any other part."""
 
 
-async def serve(start: Start, options: CommonSettings, listener: socket.socket, max_connections: int) -> None:
+async def serve(
+    application: MakeApplication, options: CommonSettings, listener: socket.socket, max_connections: int
+) -> None:
     """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -60,14 +64,13 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket, 
     metrics.BUILD.info({"version": VERSION, "python": platform.python_version()})
     lag = loop.create_task(metrics.watch_event_loop())
 
-    async with start(options) as routes:
-        server = Server(routes, options.access_log, max_connections)
+    async with Server(application(options), options.access_log, max_connections) as server:
         acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
         host, port = listener.getsockname()[:2]
         logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
         await stop.wait()
         # 1. Unready, but still accepting: load balancers need their time to look elsewhere.
-        server.draining = True
+        server.draining.set()
         logs.log(logging.INFO, "draining", drain_s=options.drain_seconds)
         await wait_for_event(hurry, max(options.drain_seconds, LAST_ACCEPTS))
         # 2. No new connections: first none is taken, then none is let in, since asyncio fails where a connection comes
@@ -77,7 +80,7 @@ async def serve(start: Start, options: CommonSettings, listener: socket.socket, 
         acceptor.close()
         # 3. What is in flight is finished.
         await server.finish(hurry, options.shutdown_seconds)
-        # 4. The session or the pool is closed, by leaving the context.
+        # 4. The session or the pool is closed: leaving the context ends the application's cleanup contexts.
     lag.cancel()
     logs.log(logging.INFO, "stopped")
     # 5. Further signals find nothing left to hurry; without this they would kill the process, or make asyncio complain.
@@ -131,7 +134,7 @@ def main(
     name: str,
     description: str,
     declaration: type[CommonSettings],
-    start: Start,
+    application: MakeApplication,
     *,
     actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
@@ -165,7 +168,7 @@ def main(
         _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
     logs.configure(name, options.log_level, options.log_format)
     with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(serve(start, options, listener, allow_connections(max_files)))
+        runner.run(serve(application, options, listener, allow_connections(max_files)))
     logging.shutdown()
     sys.exit(0)
 

@@ -8,18 +8,20 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import itertools
 import math
 import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiopg
 import psycopg2
+from aiohttp import web
 from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import make_dsn
 
@@ -31,18 +33,15 @@ import server
 import settings
 import threads
 from coalescing import Coalescer, RunTimeoutError
-from responses import DATABASE, Answer, Problem
-from server import Route
+from responses import DATABASE, Problem, Representation, RepresentationResponse
 from settings import setting
 
-# Prepared, since planning takes a third of the time of a query so small.
 QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
-PREPARE = f"PREPARE message AS {QUERY}"
-EXECUTE = "EXECUTE message"
 SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
 MAX_FILES = 1024  # open files: aiopg calls select(), which fails for a socket whose number is higher
+Row = tuple[Any, ...]
 FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
 
 
@@ -94,7 +93,7 @@ class Slot:
     """One connection to the database, made when it is needed and kept while it is good: an aiopg pool of one.
 
     One for each, since aiopg holds a pool's lock while it connects: in a pool of several, one slow connect would
-    hold up everybody, those included for whom a live connection is free.
+    hold up all requests, those included for which a live connection is free.
     """
 
     def __init__(self, options: Settings, resolver: threads.Resolver) -> None:
@@ -102,7 +101,7 @@ class Slot:
         self._resolver = resolver
         self._connect_with: dict[str, str | None] = {}
         self._connection: aiopg.Connection | None = None  # the one that was made last
-        self._prepared = False  # whether it has the prepared statement
+        self._prepared: dict[str, str] = {}  # the statements that it has prepared, and their names
         self._pool: aiopg.Pool
 
     async def open(self) -> None:
@@ -134,36 +133,35 @@ class Slot:
         """Whether there is a connection; not the pool's word, which counts one that has died while idle."""
         return self._connection is not None and not self._connection.closed
 
-    async def first_row(self) -> tuple[object] | None:
-        """Return what the query finds, on a new connection where there is none or the old one is of no use.
+    async def fetch(self, statement: str, args: tuple[object, ...]) -> list[Row]:
+        """Return what the statement yields, on a new connection where there is none or the old one is of no use.
 
-        Raises `psycopg2.Error`, `OSError` or (aiopg's own) `RuntimeError`.
+        The statement may run twice. Raises `psycopg2.Error`, `OSError` or (aiopg's own) `RuntimeError`.
         """
         if self.connected:
             connection = await self._pool.acquire()
             try:
-                return await self._query(connection)
+                return await self._execute(connection, statement, args)
             except FAILURES:
                 # It has died while idle, or its statement was prepared for a table that has changed since.
-                if not connection.closed and not self._prepared:
+                if not connection.closed and statement not in self._prepared:
                     raise
                 connection.close()
-        return await self._query(await self._connect())
+        return await self._execute(await self._connect(), statement, args)
 
-    async def _query(self, connection: aiopg.Connection) -> tuple[object] | None:
+    async def execute(self, statement: str, args: tuple[object, ...]) -> list[Row]:
+        """As `fetch`, but the statement runs at most once: a connection is tried before it is used."""
+        await self.fetch("SELECT 1", ())
+        return await self._execute(await self._pool.acquire(), statement, args)
+
+    async def _execute(self, connection: aiopg.Connection, statement: str, args: tuple[object, ...]) -> list[Row]:
         try:
             async with connection.cursor() as cursor:
-                if not self._prepared:  # so late, since it needs the table
-                    await cursor.execute(PREPARE)
-                    self._prepared = True
-                await cursor.execute(EXECUTE)
-                row: tuple[object] | None = await cursor.fetchone()
-                if row is None:
-                    # EXECUTE's snapshot is older than its lock: when it had to wait for a table that was rewritten or
-                    # made again, it sees none of the rows. A plain statement's snapshot is taken after the lock.
-                    await cursor.execute(QUERY)
-                    row = await cursor.fetchone()
-                return row
+                if args:
+                    await cursor.execute(statement, args)
+                else:
+                    await self._execute_prepared(cursor, statement)
+                return await cursor.fetchall() if cursor.description else []
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task and task.cancelling():
@@ -172,6 +170,19 @@ class Slot:
             raise psycopg2.OperationalError("the query was cancelled on the server") from None
         finally:
             self._pool.release(connection)
+
+    async def _execute_prepared(self, cursor: aiopg.Cursor, statement: str) -> None:
+        """Planning takes a third of the time of a query as small as ours, so it is done once for each connection."""
+        name = self._prepared.get(statement)
+        if name is None:  # so late, since it needs the table
+            name = f"messages_{hashlib.sha256(statement.encode()).hexdigest()[:16]}"
+            await cursor.execute(f"PREPARE {name} AS {statement}")
+            self._prepared[statement] = name
+        await cursor.execute(f"EXECUTE {name}")
+        if not cursor.rowcount:
+            # EXECUTE's snapshot is older than its lock: when it had to wait for a table that was rewritten or made
+            # again, it sees none of the rows. A plain statement's snapshot is taken after the lock.
+            await cursor.execute(statement)
 
     async def _connect(self) -> aiopg.Connection:
         """Look up the address and the password, since both may have changed, and try one address after the other.
@@ -185,7 +196,7 @@ class Slot:
         if not self._options.db_host.startswith("/"):
             found = await self._resolver.resolve(self._options.db_host, self._options.db_port)
             addresses = [address["host"] for address in found]
-        self._prepared = False
+        self._prepared.clear()
         for address in addresses:
             self._connect_with = {"hostaddr": address, "password": password}
             try:
@@ -207,19 +218,26 @@ class Slot:
 
 
 class Database:
-    """The database as the message service sees it: the query, over at most `DB_POOL_SIZE` connections."""
+    """The database as the message service sees it: a context that holds at most `DB_POOL_SIZE` connections, and the
+    coalesced query.
+    """
 
-    def __init__(self, options: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         resolver = threads.Resolver()
-        self._slots = [Slot(options, resolver) for _ in range(options.db_pool_size)]
+        self._slots = [Slot(settings, resolver) for _ in range(settings.db_pool_size)]
         self._idle = deque(self._slots)  # connected ones at the right, where they are taken from
+        self._free = asyncio.Semaphore(settings.db_pool_size)
+        self._timeout = settings.db_timeout
+        self._shared_query = Coalescer(
+            self._query_message, limit=settings.db_pool_size, timeout=settings.db_timeout, observe=metrics.observe_run
+        )
         self._outage = logs.Outage("the database")
-        self._queries = itertools.count(1)
         self._name = secrets.token_hex(3)
-        self.answered_at = -math.inf  # event loop's time of the last answer or failure
-        self.failure: Problem | None = None  # None if the last one was an answer
+        self._queries = itertools.count(1)
+        self._checked_at = -math.inf  # event loop's time of the last answer or failure
+        self._failure: Problem | None = None  # None if the last one was an answer
 
-    async def __aenter__(self) -> "Database":
+    async def __aenter__(self) -> Self:
         for slot in self._slots:
             await slot.open()
         metrics.MAX_CONNECTIONS.set(len(self._slots))
@@ -231,46 +249,102 @@ class Database:
         for slot in self._slots:
             await slot.close()
 
-    async def ask(self) -> Answer:
-        """Run the query once. Raises `Problem`. Not more than `DB_POOL_SIZE` at a time: nobody waits in a pool."""
-        started = time.perf_counter()
-        slot = self._idle.pop()
+    async def message(self) -> Representation:
+        """What the message service answers, from a query that starts after this call. Raises `Problem`."""
         try:
-            row = await slot.first_row()
-        except FAILURES as error:
-            raise self.failed(to_problem(error)) from error
-        finally:
-            if slot.connected:
-                self._idle.append(slot)
-            else:
-                self._idle.appendleft(slot)
+            message = await self._shared_query()
+        except RunTimeoutError as error:
+            raise self._failed(error) from error
+        except Problem as problem:
+            raise problem.copy() from problem.__cause__
+        if message is None:
+            raise responses.no_message()
+        return message
+
+    async def fetch(self, statement: str, *args: object) -> list[Row]:
+        """Return the rows that a statement yields, with `args` for its `%s`, in `DB_TIMEOUT` seconds.
+
+        Only for statements that change nothing, since one may run twice. Raises `Problem`, and `psycopg2.DataError`
+        for arguments that PostgreSQL refuses.
+        """
+        return await self._in_time(self._with_slot(Slot.fetch, statement, args))
+
+    async def execute(self, statement: str, *args: object) -> list[Row]:
+        """As `fetch`, for statements that change something: it runs at most once.
+
+        Raises `psycopg2.IntegrityError` as well, when a constraint of the table refuses the change.
+        """
+        return await self._in_time(self._with_slot(Slot.execute, statement, args))
+
+    async def check(self) -> None:
+        """Raise `Problem` unless the database answers, or did so in the last `READINESS_REUSE` seconds."""
+        if asyncio.get_running_loop().time() - self._checked_at > READINESS_REUSE:
+            with contextlib.suppress(Problem):  # an empty table is fine; failures are remembered
+                await self.message()
+        if self._failure:
+            raise responses.not_ready(self._failure.detail, self._failure.cause)
+
+    async def _query_message(self) -> Representation | None:
+        started = time.perf_counter()
+        rows = await self._with_slot(Slot.fetch, QUERY, ())
         queried = time.perf_counter()
-        self._outage.succeeded()
-        self.answered_at = asyncio.get_running_loop().time()
-        self.failure = None
-        content = content_of(row)
+        if not rows:
+            return None
+        content = text_of(rows[0])
         timing = (
             f"service;dur={(time.perf_counter() - started) * 1000:.2f}, "
             f'database;dur={(queried - started) * 1000:.2f};desc="{self._name}-{next(self._queries)}"'
         )
-        return responses.json_answer("message", content, {"Server-Timing": timing})
+        return responses.json_representation("message", content, {"Server-Timing": timing})
 
-    def failed(self, problem: Problem) -> Problem:
-        """Remember a failure of the database, and return it."""
+    async def _with_slot(
+        self,
+        function: Callable[[Slot, str, tuple[object, ...]], Awaitable[list[Row]]],
+        statement: str,
+        args: tuple[object, ...],
+    ) -> list[Row]:
+        """Call `function` with a slot, as soon as one is free. Raises `Problem` and what `fetch` raises."""
+        async with self._free:
+            slot = self._idle.pop()
+            try:
+                rows = await function(slot, statement, args)
+            except (psycopg2.DataError, psycopg2.IntegrityError):
+                raise
+            except FAILURES as error:
+                raise self._failed(error) from error
+            finally:
+                if slot.connected:
+                    self._idle.append(slot)
+                else:
+                    self._idle.appendleft(slot)
+        self._outage.succeeded()
+        self._checked_at = asyncio.get_running_loop().time()
+        self._failure = None
+        return rows
+
+    async def _in_time(self, rows: Awaitable[list[Row]]) -> list[Row]:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await rows
+        except TimeoutError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> Problem:
+        """Remember a failure of the database, and return what a client sees of it."""
+        problem = to_problem(error)
         self._outage.failed()
         metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
-        self.answered_at = asyncio.get_running_loop().time()
-        self.failure = problem
+        self._checked_at = asyncio.get_running_loop().time()
+        self._failure = problem
         return problem
 
 
-def content_of(row: tuple[object] | None) -> str:
-    """The message in a row of the table. Raises `Problem` when there is no row, or no text in it."""
-    if row is None:
-        raise responses.no_message()
-    if not isinstance(row[0], str):
-        raise responses.unavailable(DATABASE, "The database holds no text.", f"content is a {type(row[0]).__name__}")
-    return row[0]
+def text_of(row: Row) -> str:
+    """The message in a row of the table. Raises `Problem` when it is no text."""
+    content = row[0]
+    if not isinstance(content, str):
+        raise responses.unavailable(DATABASE, "The database holds no text.", f"content is a {type(content).__name__}")
+    return content
 
 
 def to_problem(error: Exception) -> Problem:
@@ -292,29 +366,44 @@ def _ignore_cancelled_queries(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_exception_handler(handle_others)
 
 
-@contextlib.asynccontextmanager
-async def start(options: Settings) -> AsyncIterator[Mapping[str, Route]]:
-    _ignore_cancelled_queries(asyncio.get_running_loop())
-    async with Database(options) as database:
-        ask = Coalescer(
-            database.ask, limit=options.db_pool_size, timeout=options.db_timeout, observe=metrics.observe_run
-        )
+# ---- the application -------------------------------------------------------------------------------------------
 
-        async def message() -> Answer:
-            try:
-                return await ask()
-            except RunTimeoutError as error:
-                raise database.failed(to_problem(error)) from error
+DATABASE_KEY = web.AppKey("database", Database)
 
-        async def ready() -> Answer:
-            if asyncio.get_running_loop().time() - database.answered_at > READINESS_REUSE:
-                with contextlib.suppress(Problem):  # an empty table is ready; failures are remembered
-                    await message()
-            if database.failure:
-                raise responses.not_ready(database.failure.detail, database.failure.cause)
-            return server.READY
 
-        yield {"/api/message": message, "/readyz": ready}
+async def message(request: web.Request) -> web.StreamResponse:
+    """`GET /api/message`: the string that the database holds."""
+    return RepresentationResponse(request, await request.app[DATABASE_KEY].message())
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    """`/readyz`: the database answers."""
+    response = await server.ready(request)
+    await request.app[DATABASE_KEY].check()
+    return response
+
+
+def application(settings: Settings) -> web.Application:
+    app = web.Application()
+
+    async def database(app: web.Application) -> AsyncIterator[None]:
+        _ignore_cancelled_queries(asyncio.get_running_loop())
+        async with Database(settings) as app[DATABASE_KEY]:
+            yield
+
+    app.cleanup_ctx.append(database)
+    app.add_routes(
+        [
+            web.get("/api/message", message),
+            web.get("/healthz", server.alive),
+            web.get("/readyz", ready),
+            web.get("/metrics", metrics.metrics),
+        ]
+    )
+    return app
+
+
+# ---- the command line ------------------------------------------------------------------------------------------
 
 
 def apply_schema(options: Settings) -> str:
@@ -334,7 +423,7 @@ if __name__ == "__main__":
         "message_service",
         "Answers /api/message with the string stored in PostgreSQL.",
         Settings,
-        start,
+        application,
         max_files=MAX_FILES,
         actions={"--apply-schema": (apply_schema, "apply schema.sql to the database, and exit")},
     )

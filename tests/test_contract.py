@@ -185,7 +185,7 @@ async def test_an_unknown_path_is_404(system: System, part: str, path: str) -> N
 
 
 @PARTS
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "PROPFIND"])
 async def test_a_wrong_method_is_405(system: System, part: str, method: str) -> None:
     """As a problem document, with what is allowed."""
     path = {"gateway": "/api/string", "service": "/api/message"}[part]
@@ -193,6 +193,16 @@ async def test_a_wrong_method_is_405(system: System, part: str, method: str) -> 
         answer = await get(url(system, part) + each, method)
         assert_problem(answer, 405)
         assert {name.strip() for name in answer.headers["Allow"].split(",")} == {"GET", "HEAD"}
+
+
+@PARTS
+async def test_options_names_the_methods(system: System, part: str) -> None:
+    """As a health checker asks: 204 with what is allowed, and 404 where there is nothing."""
+    async with connection(url(system, part)) as client:
+        answer = await client.get("/readyz", "OPTIONS")
+        assert (answer.status, answer.headers["Allow"], answer.body) == (204, "GET,HEAD", b"")
+        assert answer.request_id
+        assert (await client.get("/nowhere", "OPTIONS")).status == 404
 
 
 MALFORMED = {

@@ -47,11 +47,13 @@ async def test_requests_are_counted_by_method_route_and_status(fresh: System) ->
     await get(url + "/api/string", headers={"If-None-Match": etag})
     await get(url + "/api/string", "POST")
     await get(url + "/made-up")
+    await get(url + "/api/string", "PROPFIND")
     await exchange(url, b"made-up\r\n\r\n")
     samples = await scrape(url)
     assert samples[REQUESTS.format("GET", 200, "/api/string")] == 1
     assert samples[REQUESTS.format("HEAD", 200, "/api/string")] == 1
     assert samples[REQUESTS.format("GET", 304, "/api/string")] == 1
+    assert samples[REQUESTS.format("POST", 405, "/api/string")] == 1
     assert samples[REQUESTS.format("_OTHER", 405, "/api/string")] == 1
     assert samples[REQUESTS.format("GET", 404, "unmatched")] == 1
     assert samples[REQUESTS.format("_OTHER", 400, "unmatched")] == 1

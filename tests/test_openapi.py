@@ -45,8 +45,7 @@ def test_it_is_of_this_version(description: dict[str, Any]) -> None:
 
 async def test_it_lists_the_routes_that_there_are(description: dict[str, Any]) -> None:
     """A route can not be forgotten in it, and none is made up."""
-    async with gateway.start(gateway.Settings()) as routes:
-        there_are = server.Server(routes, "off", max_connections=1)._routes.keys()
+    there_are = {resource.canonical for resource in gateway.application(gateway.Settings()).router.resources()}
     assert description["paths"].keys() == there_are
     for path, operations in description["paths"].items():
         assert operations.keys() == {"get", "head"}, path

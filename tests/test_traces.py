@@ -10,8 +10,15 @@ from aiohttp import web
 
 @web.middleware
 async def seen(request, handler):
-    response = await handler(request)
-    return web.Response(text=f"seen {request.path} {response.status}")
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource else ""
+    try:
+        response = await handler(request)
+    except web.HTTPException as error:
+        error.headers["X-Seen"] = f"{route} {error.status_code}"
+        raise
+    response.headers["X-Seen"] = f"{route} {response.status}"
+    return response
 
 application = web.Application
 web.Application = lambda: application(middlewares=[seen])
@@ -20,7 +27,9 @@ runpy.run_module("gateway", run_name="__main__", alter_sys=True)
 
 
 async def test_a_middleware_put_in_from_outside_sees_each_request(start: Start) -> None:
-    """It is called, with the server's own handler inside."""
+    """It knows the route, and the status that the client gets, of errors too."""
     gateway = await start("gateway", program=("-c", INSTRUMENTED), DOWNSTREAM_URL="http://127.0.0.1:1")
-    for path, status in (("/healthz", 200), ("/nowhere", 404), ("/api/string", 503)):
-        assert (await get(gateway.url + path)).body.decode() == f"seen {path} {status}"
+    for path, seen in (("/healthz", "/healthz 200"), ("/nowhere", " 404"), ("/api/string", "/api/string 503")):
+        answer = await get(gateway.url + path)
+        assert answer.headers["X-Seen"] == seen.strip()
+        assert answer.status == int(seen[-3:])

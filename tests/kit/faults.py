@@ -30,17 +30,23 @@ MEMORY = 24 * 1024 * 1024  # bytes that a process may have kept after a fault: t
 
 # The server as it is, started as a user does, that also tells at /tasks how many asyncio tasks it has.
 OBSERVED = """
-import asyncio, runpy, sys
-from http import HTTPStatus
-import gateway, responses, server
+import asyncio, functools, runpy, sys
+from aiohttp import web
+import gateway, lifecycle, server
 name, *changes = sys.argv[1:]
 del sys.argv[1:]
 for change in changes:
     exec(change)
-make = server.Server.__init__
-async def tasks():
-    return responses.Answer(HTTPStatus.OK, "application/json", b"%d" % len(asyncio.all_tasks()))
-server.Server.__init__ = lambda self, routes, *rest, **more: make(self, {**routes, "/tasks": tasks}, *rest, **more)
+async def tasks(request):
+    return web.json_response(len(asyncio.all_tasks()))
+def observed(application, settings):
+    app = application(settings)
+    app.add_routes([web.get("/tasks", tasks)])
+    return app
+main = lifecycle.main
+lifecycle.main = lambda name, description, settings, application, **more: main(
+    name, description, settings, functools.partial(observed, application), **more
+)
 runpy.run_module(name, run_name="__main__")
 """
 
