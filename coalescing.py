@@ -1,32 +1,46 @@
-"""Linearizable request coalescing: many callers share one run, and no answer is older than its question.
+"""Linearizable request coalescing: many callers share a run, and no answer is older than its question.
 
-Ordinary request coalescing (single-flight) lets a caller join a run that is already under way. What that run
-read may be older than the caller's question: a client that has just seen its own write committed can be
-answered with the value from before. Here a caller joins only a run that has not started yet. Each answer then
-comes from a read that began after the request arrived, as if nobody shared anything: the history stays
-linearizable, with no cache, no time to live and nothing to invalidate.
+Ordinary request coalescing (single-flight) lets a caller join a run that is under way. What that run read may be older
+than the caller's question: a client that has just seen its own write committed can be answered with the value from
+before. Here an answer is good only for callers who arrived before its run started. Each answer then comes from a read
+that began after the request arrived, as if nobody shared anything: the history stays linearizable, with no cache, no
+time to live and nothing to invalidate.
 
-The idea is known from consensus systems as ReadIndex batching (etcd, TiKV), from RCU as the grace period that
-serves all who asked before it began, and from I/O as natural batching: what arrives during one run is served by
-the next, so batches grow by themselves under load and vanish when there is none.
+The idea is known from consensus systems as ReadIndex batching (etcd, TiKV), from RCU as the grace period that serves
+all who asked before it began, and from I/O as natural batching: what arrives during one run is served by the next, so
+batches grow by themselves under load and vanish when there is none.
+
+It also makes a second run safe: whichever run answers first, its answer is good for all who arrived before it started.
+So a run that is late gets company, as hedged requests do (Dean and Barroso, "The Tail at Scale"; gRPC A6), and one that
+failed is repeated. Those need a budget in per cent of all requests (Finagle's retry budget, gRPC's throttling), lest
+they double the load of what is slow already. Here two bounds suffice: `limit` runs in flight, whatever they are for,
+and company and repeats only in the first `TROUBLE_WINDOW` seconds of a trouble. One that lasts costs what is behind no
+more runs than if there were neither.
 
 What a `Coalescer` guarantees:
 
-- Freshness: a run starts after the arrival of every caller that it answers.
+- Freshness: a caller gets the answer, or the error, of a run that started after it arrived.
 - Delay: a run starts at once when none is in flight; a waiting batch starts as soon as a run ends, or
-  `MAX_ADDED_DELAY` after its first caller. So while fewer than `limit` runs are in flight, nobody waits longer
-  than that for a run to start, however slow or stuck the runs in flight are.
-- Load: at most `limit` runs are in flight, however many callers there are.
-- Time: each caller waits at most `timeout` seconds, counted from its arrival. As no caller arrives after its
-  run's start, no run outlives its start by more than `timeout` either.
-- Sharing: all callers of a run get its result, or its error.
-- Cancellation: a caller that gives up disturbs nobody; when none is left, the run is cancelled.
+  `MAX_ADDED_DELAY` after its first caller. So while fewer than `limit` runs are in flight, nobody waits longer than
+  that for a run to start, however slow or stuck the runs in flight are.
+- First answer: it settles every caller who arrived before its run started, whichever run was started for them. Runs
+  that can answer nobody any more are cancelled.
+- Company: while nobody has been answered for `patience` seconds since the newest run's start, one more is started; each
+  further one waits twice as long, up to `LONGEST_WAIT`. When `limit` are in flight the second oldest makes room: never
+  the oldest, which ends first when all are merely slow. An answer resets that.
+- Repeats: after an error that `repeat` accepts, callers whom no run in flight can answer get another one, 10, 20,
+  40 … ms later. Other errors are theirs at once.
+- Load: at most `limit` runs are in flight, repeats and company included.
+- Time: each caller waits at most `timeout` seconds, counted from its arrival. Then it gets the last error, if the run
+  that raised it started after the caller arrived, or `RunTimeoutError`.
+- Cancellation: a caller that gives up disturbs nobody; when none is left, the runs are cancelled.
 
 This module knows neither HTTP nor SQL, and imports nothing of the project.
 """
 
 import asyncio
 import contextvars
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
@@ -35,37 +49,75 @@ MAX_ADDED_DELAY = 0.005
 """Seconds that a batch waits for a run in flight to end. Long enough to batch callers while runs take their
 usual millisecond or two, short enough to vanish in a network's own jitter when a run is stuck."""
 
+LONGEST_WAIT = 0.4
+"""Seconds between two runs that are started because none answers: a caller with a second to spare sees four of them."""
+
+TROUBLE_WINDOW = 2.0
+"""Seconds, since the first failure or late run after the last answer, in which repeats and company are worth their
+load: long enough for a process to be started again, or for several replicas to be tried."""
+
+FIRST_REPEAT = 0.01
+"""Seconds from a failure to its repeat; doubled each time, so that eight fit into `TROUBLE_WINDOW`."""
+
+PATIENCE_FACTOR = 4
+"""How many times longer than usual a run takes before it counts as late."""
+
+MOMENT = 1e-6
+"""Seconds by which a timer may be early: what floating-point numbers lose."""
+
 Result = TypeVar("Result")
 
 
 class RunTimeoutError(TimeoutError):
-    """A caller's time is up. `context` is that of the caller that opened the batch (see `Coalescer`)."""
+    """A caller's time is up. `context` is that of the caller whom the newest run was started for (see `Coalescer`)."""
 
     def __init__(self, context: contextvars.Context) -> None:
         super().__init__("no answer in time")
         self.context = context
 
 
-class _Batch(Generic[Result]):
-    """The callers of one run; open to more until the run starts."""
+class _Caller(Generic[Result]):
+    """One who waits. Callers are numbered in the order of their arrival."""
 
-    def __init__(self, context: contextvars.Context) -> None:
-        self.context = context
-        self.callers: deque[tuple[float, asyncio.Future[Result]]] = deque()  # with deadlines, earliest first
-        self.expired = 0  # callers whose deadline has passed; they are no longer among `callers`
-        self.waiting = 0  # callers that have not given up; counted, since scanning for each that leaves is quadratic
-        self.run: asyncio.Task[None] | None = None
-        self.expiry: asyncio.TimerHandle  # at the deadline of the earliest caller
-        self.start: asyncio.TimerHandle | None = None  # when the batch has waited for `MAX_ADDED_DELAY`
+    __slots__ = ("deadline", "future", "number")
+
+    def __init__(self, number: int, deadline: float, future: asyncio.Future[Result]) -> None:
+        self.number = number
+        self.deadline = deadline
+        self.future = future
+
+
+class _Run:
+    """One call of the function, from the making of its task until the task has ended."""
+
+    __slots__ = ("cancelled", "reach", "reason", "started", "task")
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.started = math.inf
+        self.reach = math.inf  # the number of the last caller it is good for: until its first step, of any that comes
+        self.cancelled = False
+        self.task: asyncio.Task[None]
+
+
+def _never(_error: Exception) -> bool:
+    return False
+
+
+def _ignore(_callers: int, _outcome: str, _reason: str) -> None:
+    """No metrics."""
 
 
 class Coalescer(Generic[Result]):
     """Calls `function` for all who ask, as the module's docstring says.
 
-    `limit` is the number of runs in flight at most, `timeout` the seconds that a caller waits at most. A run
-    executes in a copy of the context (`contextvars`) of the caller that opened its batch, so that it can act in
-    that caller's name. `observe` is told of each run that ended: its number of callers and its outcome, "answered",
-    "failed" or "abandoned". Use a coalescer in one event loop only.
+    `limit` is the number of runs in flight at most, `timeout` the seconds that a caller waits at most, `patience` the
+    least number of seconds after which a run is late, `repeat` whether a run that raised this error is to be repeated.
+
+    A run executes in a copy of the context (`contextvars`) of the first caller that it was started for, so that it can
+    act in that caller's name. `observe` is told of each run that ended: how many callers it settled; its outcome,
+    "answered", "failed" or "cancelled"; and why it was started, "asked", "late" or "failed" for a repeat. Use a
+    coalescer in one event loop only.
     """
 
     def __init__(
@@ -74,14 +126,33 @@ class Coalescer(Generic[Result]):
         *,
         limit: int,
         timeout: float,
-        observe: Callable[[int, str], None] = lambda _callers, _outcome: None,
+        patience: float,
+        repeat: Callable[[Exception], bool] = _never,
+        observe: Callable[[int, str, str], None] = _ignore,
     ) -> None:
         self._function = function
-        self._observe = observe
         self._limit = limit
         self._timeout = timeout
-        self._open: _Batch[Result] | None = None  # the batch that callers can still join
-        self._started: set[_Batch[Result]] = set()  # batches with a task, be it before its first step
+        self._patience = patience
+        self._repeat = repeat
+        self._observe = observe
+
+        self._callers: deque[_Caller[Result]] = deque()  # who waits, in the order of arrival; the first and the last do
+        self._arrivals = 0
+        self._runs: list[_Run] = []  # in the order of their starts, cancelled ones until they have ended
+        self._due = math.inf  # when a run is due for the callers whom no run in flight can answer; never without such
+        self._reason = "asked"  # why it is
+        self._context = self._run_context = contextvars.Context()  # of who it is due for; of the last run that started
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = math.inf
+
+        self._usual = patience / PATIENCE_FACTOR  # seconds that runs take: follows the median
+        self._wait = patience  # seconds after which a run is late
+        self._answered_at = -math.inf
+        self._late_since = math.inf  # since the last answer, as is the next
+        self._failing_since = math.inf
+        self._repeat_after = FIRST_REPEAT
+        self._last_failure: tuple[float, Exception] | None = None  # with its run's reach
 
     async def __call__(self) -> Result:
         """Return what a run that starts after this call returns, or raise what it raises.
@@ -89,86 +160,168 @@ class Coalescer(Generic[Result]):
         Raises `RunTimeoutError` when `timeout` seconds have passed since the call. Cancelling is safe at any time.
         """
         loop = asyncio.get_running_loop()
-        batch = self._open or self._open_batch(loop)
-        caller: asyncio.Future[Result] = loop.create_future()
-        batch.callers.append((loop.time() + self._timeout, caller))
-        batch.waiting += 1
+        now = loop.time()
+        self._arrivals += 1
+        caller: _Caller[Result] = _Caller(self._arrivals, now + self._timeout, loop.create_future())
+        self._callers.append(caller)
+        if self._reach() < caller.number:
+            due = now + MAX_ADDED_DELAY if self._runs else now
+            if due < self._due:
+                self._due, self._reason = due, "asked"
+                self._context = contextvars.copy_context()
+                self._advance()
         try:
-            return await caller
+            return await caller.future
         except asyncio.CancelledError:
-            if caller.cancelled():  # not when its answer or its deadline came first
-                self._give_up(batch)
+            if caller.future.cancelled():  # not when its answer or its deadline came first
+                self._advance()
             raise
 
-    def _open_batch(self, loop: asyncio.AbstractEventLoop) -> _Batch[Result]:
-        batch = self._open = _Batch(contextvars.copy_context())
-        batch.expiry = loop.call_later(self._timeout, self._expire, batch)
-        if self._started:
-            batch.start = loop.call_later(MAX_ADDED_DELAY, self._start_if_room, batch)
-        else:
-            self._start(batch)
-        return batch
+    # ---- what is due -------------------------------------------------------------------------------------------
 
-    def _start_if_room(self, batch: _Batch[Result]) -> None:
-        if len(self._started) < self._limit:  # otherwise the next run that ends starts the batch
-            self._start(batch)
+    def _advance(self) -> None:
+        """Do what is due now, and see to it that what is due later is done then."""
+        now = asyncio.get_running_loop().time() + MOMENT
+        self._release_callers(now)
+        self._cancel_useless_runs()
+        newest = self._newest()
+        in_window = now < self._late_since + TROUBLE_WINDOW
+        late_at = max(newest.started, self._answered_at) + self._wait if newest and in_window else math.inf
+        has_room = len(self._runs) < self._limit
+        if newest and newest.reach == math.inf:
+            pass  # it is about to start, and good for all
+        elif has_room and min(self._due, late_at) <= now:
+            self._start(now, "late" if late_at <= now else self._reason)
+        elif late_at <= now and self._limit > 1 and not any(run.cancelled for run in self._runs):
+            self._cancel(self._runs[1])  # there is room when it has ended
+        self._wake_at(now, late_at)
+        if has_room:
+            self._wake_at(now, self._due)
+        if self._callers:
+            self._wake_at(now, self._callers[0].deadline)
 
-    def _start(self, batch: _Batch[Result]) -> None:
-        if batch.start:
-            batch.start.cancel()
-        self._started.add(batch)
-        batch.run = asyncio.get_running_loop().create_task(self._run(batch), context=batch.context)
+    def _release_callers(self, now: float) -> None:
+        """Let those go whose time is up, and forget those who have left."""
+        callers = self._callers
+        while callers and (callers[0].future.done() or callers[0].deadline <= now):
+            caller = callers.popleft()
+            if not caller.future.done():
+                reach, failure = self._last_failure or (0, None)
+                timed_out = RunTimeoutError(self._run_context)
+                caller.future.set_exception(failure if failure and caller.number <= reach else timed_out)
+        while callers and callers[-1].future.done():
+            callers.pop()
+        if not callers or callers[-1].number <= self._reach():
+            self._due = math.inf
+        elif self._due == math.inf:  # the run that would have answered them has made room
+            self._due, self._reason = now, "late"
 
-    async def _run(self, batch: _Batch[Result]) -> None:
-        # Closed to further callers only now: those who came since the task was made are still served freshly.
-        self._open = None
+    def _cancel_useless_runs(self) -> None:
+        """Those that can answer nobody: everybody who waits has arrived since they started."""
+        for run in self._runs[:]:
+            if not run.cancelled and (not self._callers or run.reach < self._callers[0].number):
+                self._cancel(run)
+
+    def _wake_at(self, now: float, when: float) -> None:
+        """Call `_advance` at that time, if it is yet to come. An earlier timer may stay: it sees to all that is due."""
+        if now < when < self._wakes_at:
+            if self._timer:
+                self._timer.cancel()
+            self._wakes_at = when
+            self._timer = asyncio.get_running_loop().call_later(when - now, self._wake)
+
+    def _wake(self) -> None:
+        self._timer, self._wakes_at = None, math.inf
+        self._advance()
+
+    def _newest(self) -> _Run | None:
+        """The run in flight that was started last."""
+        for run in reversed(self._runs):
+            if not run.cancelled:
+                return run
+        return None
+
+    def _reach(self) -> float:
+        """The number of the last caller whom a run in flight can answer."""
+        newest = self._newest()
+        return newest.reach if newest else 0
+
+    # ---- runs --------------------------------------------------------------------------------------------------
+
+    def _start(self, now: float, reason: str) -> None:
+        if reason == "late":
+            self._late_since = min(self._late_since, now)
+            self._wait = max(self._wait, min(2 * self._wait, LONGEST_WAIT))
+        run = _Run(reason)
+        self._runs.append(run)
+        self._due = math.inf
+        self._run_context = self._context
+        run.task = asyncio.get_running_loop().create_task(self._execute(run), context=self._context.copy())
+
+    def _cancel(self, run: _Run) -> None:
+        run.cancelled = True
+        run.task.cancel()
+        if run.reach == math.inf:  # its task will never take a step, in which it could end the run
+            self._ended(run, "cancelled", 0)
+
+    async def _execute(self, run: _Run) -> None:
+        # Good for no more callers from now on: those who came since the task was made are still answered freshly.
+        run.reach, run.started = self._arrivals, asyncio.get_running_loop().time()
+        self._wake_at(run.started, run.started + self._wait)
         try:
             result = await self._function()
-        except asyncio.CancelledError:
-            # Nobody is left; or `function` has cancelled itself, or the event loop ends, and somebody still waits.
-            self._end(batch, "abandoned", lambda caller: caller.set_exception(RuntimeError("the run was cancelled")))
-            raise
-        except Exception as error:
-            failure = error
-            self._end(batch, "failed", lambda caller: caller.set_exception(failure))
+        except (Exception, asyncio.CancelledError) as error:
+            if run.cancelled:
+                self._ended(run, "cancelled", 0)
+            elif isinstance(error, Exception):
+                self._failed(run, error)
+            else:  # the function has cancelled itself, or the event loop ends
+                self._failed(run, RuntimeError("the run was cancelled"))
+            if not isinstance(error, Exception):
+                raise
         else:
-            self._end(batch, "answered", lambda caller: caller.set_result(result))
+            self._answered(run, result)
 
-    def _end(self, batch: _Batch[Result], outcome: str, settle: Callable[[asyncio.Future[Result]], None]) -> None:
-        """Settle the callers that still wait, and start the batch that waits for room."""
-        batch.expiry.cancel()
-        for _, caller in batch.callers:
-            if not caller.done():
-                settle(caller)
-        self._started.discard(batch)
-        if self._open and self._open.run is None:
-            self._start(self._open)
-        self._observe(len(batch.callers) + batch.expired, outcome)
+    def _answered(self, run: _Run, result: Result) -> None:
+        """Settle all who arrived before the run started. What was amiss is over."""
+        settled = 0
+        while self._callers and self._callers[0].number <= run.reach:
+            caller = self._callers.popleft()
+            if not caller.future.done():
+                caller.future.set_result(result)
+                settled += 1
+        self._answered_at = asyncio.get_running_loop().time()
+        step = 1.25 if self._answered_at - run.started > self._usual else 0.8
+        self._usual = max(self._usual * step, self._patience / PATIENCE_FACTOR)
+        self._wait = self._usual * PATIENCE_FACTOR
+        self._late_since = self._failing_since = math.inf
+        self._repeat_after = FIRST_REPEAT
+        self._last_failure = None
+        self._ended(run, "answered", settled)
 
-    def _expire(self, batch: _Batch[Result]) -> None:
-        """Let go the callers whose time is up, and come back for the next."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        while batch.callers and batch.callers[0][0] <= now:
-            _, caller = batch.callers.popleft()
-            batch.expired += 1
-            if not caller.done():
-                caller.set_exception(RunTimeoutError(batch.context))
-                self._give_up(batch)
-        if batch.callers and batch.waiting:
-            batch.expiry = loop.call_at(batch.callers[0][0], self._expire, batch)
+    def _failed(self, run: _Run, error: Exception) -> None:
+        """Plan another run for those whom no other run in flight can answer, or give them the error."""
+        now = asyncio.get_running_loop().time()
+        self._failing_since = min(self._failing_since, now)
+        self._last_failure = run.reach, error
+        self._runs.remove(run)
+        reach = self._reach()
+        concerned = [caller for caller in self._callers if reach < caller.number <= run.reach]
+        settled = 0
+        if not self._repeat(error) or now + self._repeat_after > self._failing_since + TROUBLE_WINDOW:
+            for caller in concerned:
+                if not caller.future.done():
+                    caller.future.set_exception(error)
+                    settled += 1
+        elif self._due == math.inf:  # otherwise the waiting batch's run, which starts now, is theirs, too
+            self._due, self._reason = now + self._repeat_after, "failed"
+            self._repeat_after *= 2
+        self._ended(run, "failed", settled)
 
-    def _give_up(self, batch: _Batch[Result]) -> None:
-        """One caller fewer; cancel the run, or the plan of one, when it was the last."""
-        batch.waiting -= 1
-        if batch.waiting:
-            return
-        batch.expiry.cancel()
-        if batch.start:
-            batch.start.cancel()
-        if batch.run:
-            batch.run.cancel()
-        if batch is self._open:
-            self._open = None
-            if batch.run:  # cancelled before its first step, so that it never comes to its own end
-                self._end(batch, "abandoned", lambda _: None)
+    def _ended(self, run: _Run, outcome: str, settled: int) -> None:
+        if run in self._runs:
+            self._runs.remove(run)
+        if self._due < math.inf and self._reason != "failed":  # a waiting batch starts as soon as a run ends
+            self._due = -math.inf
+        self._observe(settled, outcome, run.reason)
+        self._advance()

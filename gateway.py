@@ -37,7 +37,8 @@ from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Problem, Representa
 from server import REQUEST_ID
 from settings import setting
 
-MAX_CALLS = 4  # calls to the message service in flight: enough to pass by one that is stuck
+MAX_CALLS = 4  # calls to the message service in flight: enough to pass by those that are stuck
+PATIENCE = 0.1  # seconds without an answer after which the message service is called once more
 MAX_BODY = 1024 * 1024  # bytes of an answer of the message service
 KEEPALIVE_TIMEOUT = 15.0  # seconds; below the message service's 75, so that it is not the one to close first
 TCP_OPTIONS = (  # the kernel gives up a host that acknowledges nothing; one that is only slow to answer does not notice
@@ -70,7 +71,12 @@ class MessageService:
         self._url = settings.downstream_url / "api/message"
         self._outage = logs.Outage("the message service")
         self._shared_call = Coalescer(
-            self._call, limit=MAX_CALLS, timeout=settings.downstream_timeout, observe=metrics.observe_run
+            self._call,
+            limit=MAX_CALLS,
+            timeout=settings.downstream_timeout,
+            patience=PATIENCE,
+            repeat=lambda error: isinstance(error, Problem),  # unreachable, 5xx, broken contract: a replica's own
+            observe=metrics.observe_run,
         )
 
     async def __aenter__(self) -> Self:
@@ -203,7 +209,7 @@ def read_content(status: int, media_type: str, body: bytes) -> str | None:
             if status == HTTPStatus.GATEWAY_TIMEOUT:
                 raise responses.timed_out(DATABASE, "The database did not answer in time.", cause)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {error!r}") from error
+        raise bad_answer(f"status {status}, {media_type or 'no readable type'}: {logs.describe(error)}") from error
     raise bad_answer(f"status {status}, {media_type or 'no readable type'}")
 
 
@@ -212,10 +218,10 @@ def to_problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, aiohttp.ClientResponseError):  # what it sent is no HTTP
-        return bad_answer(repr(error))
+        return bad_answer(logs.describe(error))
     if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `TCP_OPTIONS`
-        return responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", repr(error))
-    return responses.unavailable(MESSAGE_SERVICE, "The message service cannot be reached.", repr(error))
+        return responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", logs.describe(error))
+    return responses.unavailable(MESSAGE_SERVICE, "The message service cannot be reached.", logs.describe(error))
 
 
 def bad_answer(cause: str) -> Problem:

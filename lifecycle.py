@@ -110,7 +110,7 @@ def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], 
 
     def write(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         message, error = context["message"], context.get("exception")
-        cause = repr(error) if error else None
+        cause = logs.describe(error) if error else None
         lines.write((message, cause), logging.ERROR, message, cause=cause, exception=error)
 
     return write

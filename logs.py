@@ -25,6 +25,12 @@ def log(level: int, message: str, *, exception: BaseException | None = None, **f
     logging.getLogger("messages").log(level, message, exc_info=exception, extra={"fields": fields})
 
 
+def describe(error: BaseException) -> str:
+    """An error's type and message in one line. Never its repr: a UnicodeError's holds its input, maybe a secret."""
+    text = error.reason if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
 class JSONFormatter(logging.Formatter):
     """One JSON object a line; what a client sent can not forge a line, since JSON escapes line ends."""
 
@@ -112,7 +118,7 @@ def configure(service: str, level: str, form: str | None) -> None:
 
 
 def _log_lost(error: BaseException | None) -> None:
-    log(logging.ERROR, "an error where nobody can be told of it", cause=repr(error), exception=error)
+    log(logging.ERROR, "an error where nobody waits for it", cause=error and describe(error), exception=error)
 
 
 class RepeatLog:

@@ -1,7 +1,8 @@
 """Service 2, the message service: answers `/api/message` with the string stored in PostgreSQL.
 
 Rules kept here: a database that is away, slow or changed never takes longer than `DB_TIMEOUT` and heals by itself;
-nothing blocks the event loop; the password is read for each new connection, and appears nowhere.
+nothing blocks the event loop; the password is read for each new connection, and appears nowhere; a pooler between
+this service and PostgreSQL may give each statement another backend.
 """
 
 import asyncio
@@ -15,15 +16,17 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
 import aiopg
 import psycopg2
 from aiohttp import web
-from psycopg2.extensions import connection as Connection  # noqa: N812
-from psycopg2.extensions import make_dsn
+from psycopg2 import sql
+from psycopg2.extensions import POLL_OK, encrypt_password, make_dsn
+from psycopg2.extensions import connection as psycopg2_connection
 
 import lifecycle
 import logs
@@ -37,44 +40,52 @@ from responses import DATABASE, Problem, Representation, RepresentationResponse
 from settings import setting
 
 QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
-SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+PATIENCE = 0.05  # seconds without an answer after which the query is sent once more, on another connection
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
 CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
+CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL sees that nobody waits for a query any more, and ends it
 MAX_FILES = 1024  # open files: aiopg calls select(), which fails for a socket whose number is higher
-Row = tuple[Any, ...]
 FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
+SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+# libpq makes its second try on another socket, which aiopg would not notice. So each try is a connection of its own.
+SSL_TRIES = {"prefer": ("prefer", "disable"), "allow": ("disable", "prefer")}
+SCHEMA_WAIT = 60.0  # seconds that --apply-schema waits for a database that is away
+AWAY = ("starting up", "shutting down", "recovery", "not yet accepting", "too many", "connection slots")  # for a while
+SCHEMA_LOCK = 7236832837  # the advisory lock that schema.sql takes, too
+
+Row = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(lifecycle.CommonSettings):
     port: int = setting(8001, settings.PORT, "where to listen")
-    db_host: str = setting("localhost", settings.TEXT, "PostgreSQL's name or address; /… is a socket folder")
-    db_port: int = setting(5432, settings.PORT, "PostgreSQL's port")
+    db_host: str = setting("localhost", settings.HOST, "PostgreSQL's name or address; /… is a socket folder")
+    db_port: int = setting(5432, settings.PEER_PORT, "PostgreSQL's port")
     db_name: str = setting("mydb", settings.TEXT, "database")
     db_user: str = setting("postgres", settings.TEXT, "role")
     db_password: str | None = setting(None, settings.TEXT, "its password, or", secret=True, shown="none")
     db_password_file: str | None = setting(
         None, settings.READABLE_FILE, "file with its password, read for each new connection", shown="none"
     )
-    db_sslmode: str | None = setting(None, SSL_MODES, "TLS to the database", shown="libpq's own, prefer")
+    db_sslmode: str = setting("prefer", SSL_MODES, "TLS to the database")
     db_sslrootcert: str | None = setting(
         None, settings.READABLE_FILE, "certificates that the database's is checked against", shown="libpq's own"
     )
     db_pool_size: int = setting(4, settings.whole_number(1, 100), "connections")
     db_timeout: float = setting(2.0, settings.seconds(), "for connecting plus query")
+    db_owner: str | None = setting(None, settings.TEXT, "role that --apply-schema uses", shown="DB_USER")
+    db_owner_password: str | None = setting(None, settings.TEXT, "its password", secret=True, shown="none")
 
     def __post_init__(self) -> None:
         if self.db_password and self.db_password_file:
             raise settings.SettingsError(["DB_PASSWORD_FILE: expected only one of it and DB_PASSWORD"])
 
     def dsn(self, **more: Any) -> str:
-        """libpq's connection string, without host address and password, which each new connection gets anew."""
+        """libpq's connection string, without what each new connection gets anew."""
         dsn: str = make_dsn(
             host=self.db_host,
             port=self.db_port,
             dbname=self.db_name,
-            user=self.db_user,
-            sslmode=self.db_sslmode,
             sslrootcert=self.db_sslrootcert,
             application_name=f"message_service/{server.VERSION}",
             client_encoding="UTF8",
@@ -82,42 +93,73 @@ class Settings(lifecycle.CommonSettings):
         )
         return dsn
 
-    def password(self) -> str | None:
-        """The password as it is now. Raises `OSError`."""
-        if self.db_password_file:
-            return Path(self.db_password_file).read_text().rstrip("\r\n")
-        return self.db_password
+    def password(self) -> str:
+        """The password as it is now, "" if there is none. Raises `OSError`, which holds nothing of it."""
+        if not self.db_password_file:
+            return self.db_password or ""
+        try:
+            password = Path(self.db_password_file).read_text("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise OSError(errno.EINVAL, "DB_PASSWORD_FILE holds no UTF-8 text") from None
+        if "\0" in password:
+            raise OSError(errno.EINVAL, "DB_PASSWORD_FILE holds a NUL character")
+        return password
+
+
+# ---- the database ----------------------------------------------------------------------------------------------
+
+
+class OneSocketConnection(psycopg2_connection):  # type: ignore[misc]  # psycopg2 has no types
+    """Fails when libpq goes on connecting on another socket, which aiopg would not notice and wait until time is up."""
+
+    _inode: int | None = None  # the socket's; 0 when connected
+
+    def poll(self) -> int:
+        state: int = super().poll()
+        if self._inode != 0:
+            inode = os.fstat(self.fileno()).st_ino
+            if self._inode not in (None, inode):
+                tried = self.get_dsn_parameters()["sslmode"]
+                self.close()
+                raise psycopg2.OperationalError(f"the server refuses what sslmode {tried} tries first")
+            self._inode = 0 if state == POLL_OK else inode
+        return state
 
 
 class Slot:
     """One connection to the database, made when it is needed and kept while it is good: an aiopg pool of one.
 
     One for each, since aiopg holds a pool's lock while it connects: in a pool of several, one slow connect would
-    hold up all requests, those included for which a live connection is free.
+    hold up all others.
     """
 
-    def __init__(self, options: Settings, resolver: threads.Resolver) -> None:
-        self._options = options
+    def __init__(self, settings: Settings, resolver: threads.Resolver) -> None:
+        self._settings = settings
         self._resolver = resolver
-        self._connect_with: dict[str, str | None] = {}
-        self._connection: aiopg.Connection | None = None  # the one that was made last
-        self._prepared: dict[str, str] = {}  # the statements that it has prepared, and their names
+        self._options = (
+            # Ends on the server what nobody here waits for any more. Clearly later than the time limit here, since
+            # aiopg turns the server's "statement timeout" into a cancellation.
+            f"-c statement_timeout={round((settings.db_timeout + 1) * 1000)} "
+            f"-c client_connection_check_interval={round(CLIENT_CHECK_INTERVAL * 1000)}"
+        )
+        self._connect_with: dict[str, Any] = {}
+        self._connection: aiopg.Connection | None = None
+        self._cursor: aiopg.Cursor
+        self._owns_backend = False  # whether each statement meets the same backend, and nobody else's do
+        self._prepared: dict[str, str] = {}  # statements that the backend has prepared, and their names
         self._pool: aiopg.Pool
 
     async def open(self) -> None:
         """Prepare; this connects to nothing yet."""
-        # Ends on the server what nobody here waits for any more. Clearly later than the time limit here, since
-        # aiopg turns the server's "statement timeout" into a cancellation.
-        statement_timeout = round((self._options.db_timeout + 1) * 1000)
         self._pool = await aiopg.create_pool(
-            self._options.dsn(
+            self._settings.dsn(
+                user=self._settings.db_user,
                 # The kernel gives up a host that acknowledges nothing, a little later than TCP first repeats a SYN.
                 # Otherwise all connections can wait for a host that is gone, or for TCP's ever rarer repeats.
                 tcp_user_timeout=1500,  # milliseconds
                 keepalives_idle=1,  # seconds
                 keepalives_interval=1,
-                gssencmode="disable",  # libpq may fall back from GSS to another socket; aiopg would not notice
-                options=f"-c statement_timeout={statement_timeout} -c client_connection_check_interval=1000",
+                gssencmode="disable",
             ),
             minsize=0,
             maxsize=1,
@@ -125,89 +167,119 @@ class Slot:
             enable_json=False,
             enable_hstore=False,
             enable_uuid=False,
-            connection_factory=lambda dsn, async_: Connection(make_dsn(dsn, **self._connect_with), async_),
+            connection_factory=lambda dsn, async_: OneSocketConnection(make_dsn(dsn, **self._connect_with), async_),
         )
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection; not the pool's word, which counts one that has died while idle."""
         return self._connection is not None and not self._connection.closed
 
-    async def fetch(self, statement: str, args: tuple[object, ...]) -> list[Row]:
-        """Return what the statement yields, on a new connection where there is none or the old one is of no use.
+    async def fetch(self, statement: str, args: tuple[object, ...] = (), *, once: bool = False) -> list[Row]:
+        """Return the rows that a statement yields, on a new connection where there is none or the old one is no good.
 
-        The statement may run twice. Raises `psycopg2.Error`, `OSError` or (aiopg's own) `RuntimeError`.
+        The statement may run twice, unless it is to run `once`. Raises `psycopg2.Error`, `OSError` or (aiopg's own)
+        `RuntimeError`.
         """
+        if once:
+            await self.fetch("SELECT 1")  # finds out whether the connection is still good
         if self.connected:
-            connection = await self._pool.acquire()
             try:
-                return await self._execute(connection, statement, args)
+                return await self._execute(statement, args)
             except FAILURES:
-                # It has died while idle, or its statement was prepared for a table that has changed since.
-                if not connection.closed and statement not in self._prepared:
+                # The connection died while idle, or the statement was prepared for a table that has changed since.
+                if once or (self.connected and statement not in self._prepared):
                     raise
-                connection.close()
-        return await self._execute(await self._connect(), statement, args)
+        await self._connect()
+        return await self._execute(statement, args)
 
-    async def execute(self, statement: str, args: tuple[object, ...]) -> list[Row]:
-        """As `fetch`, but the statement runs at most once: a connection is tried before it is used."""
-        await self.fetch("SELECT 1", ())
-        return await self._execute(await self._pool.acquire(), statement, args)
-
-    async def _execute(self, connection: aiopg.Connection, statement: str, args: tuple[object, ...]) -> list[Row]:
+    async def _execute(self, statement: str, args: tuple[object, ...]) -> list[Row]:
+        cursor = self._cursor
         try:
-            async with connection.cursor() as cursor:
-                if args:
-                    await cursor.execute(statement, args)
-                else:
-                    await self._execute_prepared(cursor, statement)
-                return await cursor.fetchall() if cursor.description else []
+            if args or not self._owns_backend:
+                await cursor.execute(statement, args or None)
+            else:
+                await self._execute_prepared(statement)
+            return await cursor.fetchall() if cursor.description else []
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if task and task.cancelling():
-                raise
-            # Nobody cancelled this task: it is aiopg's name for a query that was cancelled on the server.
-            raise psycopg2.OperationalError("the query was cancelled on the server") from None
-        finally:
-            self._pool.release(connection)
+            if not task or not task.cancelling():
+                # Nobody cancelled this task: it is aiopg's name for a query that was cancelled on the server.
+                raise psycopg2.OperationalError("the query was cancelled on the server") from None
+            # aiopg has closed the connection. This slot is taken until the server has noticed, lest the database work
+            # on more queries than there are slots.
+            await asyncio.sleep(CLIENT_CHECK_INTERVAL)
+            raise
 
-    async def _execute_prepared(self, cursor: aiopg.Cursor, statement: str) -> None:
+    async def _execute_prepared(self, statement: str) -> None:
         """Planning takes a third of the time of a query as small as ours, so it is done once for each connection."""
         name = self._prepared.get(statement)
         if name is None:  # so late, since it needs the table
+            # Named by its text, so that no other statement can ever be executed in its place.
             name = f"messages_{hashlib.sha256(statement.encode()).hexdigest()[:16]}"
-            await cursor.execute(f"PREPARE {name} AS {statement}")
+            await self._cursor.execute(f"PREPARE {name} AS {statement}")
             self._prepared[statement] = name
-        await cursor.execute(f"EXECUTE {name}")
-        if not cursor.rowcount:
+        await self._cursor.execute(f"EXECUTE {name}")
+        if not self._cursor.rowcount:
             # EXECUTE's snapshot is older than its lock: when it had to wait for a table that was rewritten or made
             # again, it sees none of the rows. A plain statement's snapshot is taken after the lock.
-            await cursor.execute(statement)
+            await self._cursor.execute(statement)
 
-    async def _connect(self) -> aiopg.Connection:
-        """Look up the address and the password, since both may have changed, and try one address after the other.
+    async def _connect(self) -> None:
+        """Look up the address and the password, since both may have changed, and try one connection after the other.
 
-        libpq itself would do all that in the event loop, and try the addresses on sockets that aiopg does not watch.
+        libpq itself would do all that in the event loop, and try on sockets that aiopg does not watch.
         """
-        password = (
-            await threads.call(self._options.password) if self._options.db_password_file else self._options.db_password
-        )
+        self._drop()
+        settings = self._settings
+        password = await threads.call(settings.password) if settings.db_password_file else settings.password()
         addresses: list[str | None] = [None]  # a socket folder has none
-        if not self._options.db_host.startswith("/"):
-            found = await self._resolver.resolve(self._options.db_host, self._options.db_port)
+        if not settings.db_host.startswith("/"):
+            found = await self._resolver.resolve(settings.db_host, settings.db_port)
             addresses = [address["host"] for address in found]
-        self._prepared.clear()
         for address in addresses:
-            self._connect_with = {"hostaddr": address, "password": password}
             try:
-                async with asyncio.timeout(self._options.db_timeout / len(addresses)):
-                    self._connection = await self._pool.acquire()
-                    return self._connection
+                async with asyncio.timeout(settings.db_timeout / len(addresses)):
+                    await self._connect_to(address, password)
+                break
             except FAILURES:
                 metrics.CONNECT_FAILURES.inc()
                 if address == addresses[-1]:
                     raise
-        raise OSError("the database's name has no address")
+
+    async def _connect_to(self, address: str | None, password: str) -> None:
+        causes = []
+        for sslmode in SSL_TRIES.get(self._settings.db_sslmode, (self._settings.db_sslmode,)):
+            self._connect_with = {"hostaddr": address, "password": password, "sslmode": sslmode}
+            try:
+                await self._acquire()
+                return
+            except psycopg2.Error as error:
+                causes.append(str(error).strip())
+        raise psycopg2.OperationalError("; ".join(dict.fromkeys(causes)))
+
+    async def _acquire(self) -> None:
+        self._connect_with["options"] = self._options
+        try:
+            self._connection = await self._pool.acquire()
+        except psycopg2.OperationalError as error:
+            if not self._options or "options" not in str(error):
+                raise
+            self._options = ""  # a pooler refuses them: docs/operating.md says what to set on the role instead
+            await self._acquire()
+            return
+        self._cursor = await self._connection.cursor()
+        await self._cursor.execute("SELECT pg_backend_pid()")
+        (backend,) = await self._cursor.fetchone()
+        # A pooler has told another number at the start: it may give each statement another backend, which may have
+        # prepared what others asked for.
+        self._owns_backend = backend == self._connection.raw.get_backend_pid()
+
+    def _drop(self) -> None:
+        self._prepared.clear()
+        if self._connection:
+            self._connection.close()
+            self._pool.release(self._connection)
+            self._connection = None
 
     async def close(self) -> None:
         self._pool.terminate()
@@ -226,10 +298,14 @@ class Database:
         resolver = threads.Resolver()
         self._slots = [Slot(settings, resolver) for _ in range(settings.db_pool_size)]
         self._idle = deque(self._slots)  # connected ones at the right, where they are taken from
-        self._free = asyncio.Semaphore(settings.db_pool_size)
+        self._free = asyncio.Semaphore(len(self._slots))
         self._timeout = settings.db_timeout
         self._shared_query = Coalescer(
-            self._query_message, limit=settings.db_pool_size, timeout=settings.db_timeout, observe=metrics.observe_run
+            self._query_message,
+            limit=settings.db_pool_size,
+            timeout=settings.db_timeout,
+            patience=PATIENCE,
+            observe=metrics.observe_run,
         )
         self._outage = logs.Outage("the database")
         self._name = secrets.token_hex(3)
@@ -261,20 +337,17 @@ class Database:
             raise responses.no_message()
         return message
 
-    async def fetch(self, statement: str, *args: object) -> list[Row]:
+    async def fetch(self, statement: str, *args: object, once: bool = False) -> list[Row]:
         """Return the rows that a statement yields, with `args` for its `%s`, in `DB_TIMEOUT` seconds.
 
-        Only for statements that change nothing, since one may run twice. Raises `Problem`, and `psycopg2.DataError`
-        for arguments that PostgreSQL refuses.
+        A statement that changes something has to run at most `once`; others may run twice. Raises `Problem`, and
+        `psycopg2.DataError` or `psycopg2.IntegrityError` for values that PostgreSQL or the table refuses.
         """
-        return await self._in_time(self._with_slot(Slot.fetch, statement, args))
-
-    async def execute(self, statement: str, *args: object) -> list[Row]:
-        """As `fetch`, for statements that change something: it runs at most once.
-
-        Raises `psycopg2.IntegrityError` as well, when a constraint of the table refuses the change.
-        """
-        return await self._in_time(self._with_slot(Slot.execute, statement, args))
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._fetch(statement, args, once=once)
+        except TimeoutError as error:
+            raise self._failed(error) from error
 
     async def check(self) -> None:
         """Raise `Problem` unless the database answers, or did so in the last `READINESS_REUSE` seconds."""
@@ -286,7 +359,7 @@ class Database:
 
     async def _query_message(self) -> Representation | None:
         started = time.perf_counter()
-        rows = await self._with_slot(Slot.fetch, QUERY, ())
+        rows = await self._fetch(QUERY)
         queried = time.perf_counter()
         if not rows:
             return None
@@ -297,17 +370,12 @@ class Database:
         )
         return responses.json_representation("message", content, {"Server-Timing": timing})
 
-    async def _with_slot(
-        self,
-        function: Callable[[Slot, str, tuple[object, ...]], Awaitable[list[Row]]],
-        statement: str,
-        args: tuple[object, ...],
-    ) -> list[Row]:
-        """Call `function` with a slot, as soon as one is free. Raises `Problem` and what `fetch` raises."""
+    async def _fetch(self, statement: str, args: tuple[object, ...] = (), *, once: bool = False) -> list[Row]:
+        """Fetch on a connection as soon as one is free. Raises as `fetch`, but knows no time limit."""
         async with self._free:
             slot = self._idle.pop()
             try:
-                rows = await function(slot, statement, args)
+                rows = await slot.fetch(statement, args, once=once)
             except (psycopg2.DataError, psycopg2.IntegrityError):
                 raise
             except FAILURES as error:
@@ -321,13 +389,6 @@ class Database:
         self._checked_at = asyncio.get_running_loop().time()
         self._failure = None
         return rows
-
-    async def _in_time(self, rows: Awaitable[list[Row]]) -> list[Row]:
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await rows
-        except TimeoutError as error:
-            raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> Problem:
         """Remember a failure of the database, and return what a client sees of it."""
@@ -349,7 +410,7 @@ def text_of(row: Row) -> str:
 
 def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    cause = logs.describe(error)
     if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, told by libpq
         return responses.timed_out(DATABASE, "The database did not answer in time.", cause)
     return responses.unavailable(DATABASE, "The database is not available.", cause)
@@ -383,6 +444,16 @@ async def ready(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def end_failed_connection(_request: web.Request, response: web.StreamResponse) -> None:
+    """Let the next call of a service that was told 5xx reach another replica, since Kubernetes balances connections.
+
+    Here, where the clients are services. A gateway keeps its browsers' connections: an outage must not cost each of
+    them a new one, and behind a load balancer it would not lead elsewhere.
+    """
+    if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        server.end_connection(response)
+
+
 def application(settings: Settings) -> web.Application:
     app = web.Application()
 
@@ -392,6 +463,7 @@ def application(settings: Settings) -> web.Application:
             yield
 
     app.cleanup_ctx.append(database)
+    app.on_response_prepare.append(end_failed_connection)
     app.add_routes(
         [
             web.get("/api/message", message),
@@ -406,19 +478,71 @@ def application(settings: Settings) -> web.Application:
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
-def apply_schema(options: Settings) -> str:
-    """Apply schema.sql. Raises `psycopg2.Error` or `OSError`. Blocks: this is a command of its own, not the server."""
-    statements = Path(__file__).with_name("schema.sql").read_text()
-    connect_timeout = max(2, math.ceil(options.db_timeout))  # libpq takes whole seconds, 2 at least
-    dsn = options.dsn(connect_timeout=connect_timeout, options="-c statement_timeout=60000")
-    with contextlib.closing(psycopg2.connect(dsn, password=options.password())) as connection:
+def apply_schema(settings: Settings) -> str:
+    """Apply schema.sql, and let `DB_USER` read its tables. Raises `psycopg2.Error` or `OSError`.
+
+    Waits for a database that is away. It is enough when the table is there and `DB_USER` can read it: then neither
+    the right to change anything nor a database that can be changed is needed. Blocks: this is a command of its own.
+    """
+    deadline = time.monotonic() + SCHEMA_WAIT
+    while True:
+        try:
+            _change_schema(settings)
+            return f"applied schema.sql to the database {settings.db_name}"
+        except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction) as error:
+            return _check_schema(settings, error)
+        except psycopg2.OperationalError as error:
+            if "FATAL" in str(error) and not any(state in str(error) for state in AWAY):
+                return _check_schema(settings, error)  # such as a password that the owner had before
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _change_schema(settings: Settings) -> None:
+    statements = Path(__file__).with_name("schema.sql").read_text("utf-8")
+    owner = settings.db_owner or settings.db_user
+    password = settings.db_owner_password if settings.db_owner else settings.password()
+    with contextlib.closing(_connect(settings, owner, password)) as connection:
         connection.autocommit = True  # the file has its own transaction
         with connection.cursor() as cursor:
             cursor.execute(statements)
-    return f"applied schema.sql to the database {options.db_name}"
+        if owner == settings.db_user:
+            return
+        connection.autocommit = False
+        reader = sql.Identifier(settings.db_user)
+        with connection, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+            cursor.execute("SELECT FROM pg_roles WHERE rolname = %s", (settings.db_user,))
+            if not cursor.rowcount:
+                cursor.execute(sql.SQL("CREATE ROLE {} LOGIN").format(reader))
+            if settings.password():
+                verifier = encrypt_password(settings.password(), settings.db_user, connection, "scram-sha-256")
+                cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(reader, sql.Literal(verifier)))
+            cursor.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}").format(reader))
+
+
+def _check_schema(settings: Settings, error: psycopg2.Error) -> str:
+    """What to report if `DB_USER` can read the table all the same. Raises the error if it cannot."""
+    try:
+        with contextlib.closing(_connect(settings, settings.db_user, settings.password())) as connection:
+            connection.cursor().execute(QUERY)
+    except psycopg2.Error:
+        raise error from None
+    return f"schema.sql is not applied, but {settings.db_user} can read the table: {logs.describe(error)}"
+
+
+def _connect(settings: Settings, user: str, password: str | None) -> Any:
+    connect_timeout = max(2, math.ceil(settings.db_timeout))  # libpq takes whole seconds, 2 at least
+    return psycopg2.connect(
+        settings.dsn(user=user, sslmode=settings.db_sslmode, connect_timeout=connect_timeout), password=password or ""
+    )
 
 
 if __name__ == "__main__":
+    # libpq would take from them what the settings leave to its defaults, such as PGOPTIONS or PGTARGETSESSIONATTRS.
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
     lifecycle.main(
         "message_service",
         "Answers /api/message with the string stored in PostgreSQL.",

@@ -27,7 +27,10 @@ _REQUESTS = Histogram(
     buckets=_SECONDS,
 )
 _RUNS = Histogram(
-    "coalescing_run_callers", "Callers that shared a run, by the run's outcome", ("outcome",), buckets=_CALLERS
+    "coalescing_run_callers",
+    "Callers that a run settled, by its outcome and by why it was started",
+    ("outcome", "reason"),
+    buckets=_CALLERS,
 )
 _LAG = Histogram("event_loop_lag_seconds", "How much later than due the event loop runs a timer", buckets=_SECONDS)
 ACTIVE_REQUESTS = Gauge("http_server_active_requests", "Requests in flight")
@@ -48,8 +51,8 @@ def observe_request(method: str, route: str | None, status: int, seconds: float)
     _requests(known_method, route or "unmatched", status).observe(seconds)
 
 
-def observe_run(callers: int, outcome: str) -> None:
-    _runs(outcome).observe(callers)
+def observe_run(callers: int, outcome: str, reason: str) -> None:
+    _runs(outcome, reason).observe(callers)
 
 
 async def watch_event_loop() -> None:

@@ -3,6 +3,7 @@
 -- (CREATE TABLE IF NOT EXISTS alone can fail on a race in the catalogue), and the strings are
 -- inserted only into a table that is empty, so a message that somebody changed is kept.
 BEGIN;
+SET LOCAL statement_timeout = '1min';
 SELECT pg_advisory_xact_lock(7236832837);
 CREATE TABLE IF NOT EXISTS messages (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -135,8 +135,7 @@ class Server(web.Server):
         # aiohttp's parser loses what follows an Upgrade (h2c, say) that nobody takes up.
         upgrade_declined = hdrs.UPGRADE in request.headers and response.status != HTTPStatus.SWITCHING_PROTOCOLS
         if self.draining.is_set() or misframed or upgrade_declined:
-            response.force_close()
-            response.headers[hdrs.CONNECTION] = "close"
+            end_connection(response)
 
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
         """The response where the application was not asked, or gave one that could not be sent."""
@@ -245,6 +244,14 @@ class Server(web.Server):
         )
 
 
+def end_connection(response: web.StreamResponse) -> None:
+    """Let a response be the last of its connection; also in a receiver of `on_response_prepare`, when aiohttp has
+    made the header fields already.
+    """
+    response.force_close()
+    response.headers[hdrs.CONNECTION] = "close"
+
+
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
     """Wait until the event is set, but not longer than this."""
     with contextlib.suppress(TimeoutError):
@@ -252,9 +259,10 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
 
 
-def mistake(error: BaseException | None) -> Problem:
+def mistake(error: BaseException) -> Problem:
     """What a client sees of a defect, which the log describes."""
-    problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This server made a mistake.", cause=repr(error))
+    cause = logs.describe(error)
+    problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This server made a mistake.", cause=cause)
     problem.__cause__ = error
     return problem
 
@@ -314,5 +322,5 @@ class _Connection(web.RequestHandler):
             cause = (message or repr(exc)).partition(":")[0][:100]
             problem = Problem(HTTPStatus.BAD_REQUEST, "This is not a well-formed HTTP request.", cause=cause)
         else:  # such as no memory for the response
-            problem = mistake(exc)
+            problem = mistake(exc or RuntimeError(message))
         return self._server.refuse(request, problem)

@@ -6,6 +6,7 @@ pass a value that somebody left out.
 """
 
 import dataclasses
+import ipaddress
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,28 @@ class Kind:
     accepts: Callable[[Any], bool] = lambda _: True
 
 
+def _is_text(text: str) -> bool:
+    """Whether it can be a name or a password: what a paste or a file adds by mistake is no part of either."""
+    return text == text.strip() and text.isprintable()
+
+
+def _is_host(text: str) -> bool:
+    if text.startswith("/"):
+        return _is_text(text)
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:  # a name, without scheme, port, brackets or quotes
+        return _is_text(text) and not set(text) & set(":/\\[]@,'\" ")
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():  # `int` takes signs, underscores and white space
+        raise ValueError(text)
+    return int(text)
+
+
 def whole_number(low: int, high: int) -> Kind:
-    return Kind(f"a whole number from {low} to {high}", int, lambda number: low <= number <= high)
+    return Kind(f"a whole number from {low} to {high}", _whole, lambda number: low <= number <= high)
 
 
 def seconds(*, zero: bool = False) -> Kind:
@@ -45,7 +66,9 @@ def _readable_file(text: str) -> str:
 
 
 PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0: the system chooses")
-TEXT = Kind("text", str)
+PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
+TEXT = Kind("UTF-8 text without control characters, or white space at its ends", str, _is_text)
+HOST = Kind("a host name or address without port, or a folder's path", str, _is_host)
 BASE_URL = Kind("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
 READABLE_FILE = Kind("the path of a file that this process can read", _readable_file)
 

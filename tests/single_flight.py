@@ -15,8 +15,7 @@ import coalescing
 class SingleFlight:
     """Stands in for `Coalescer`."""
 
-    def __init__(self, function: Callable[[], Awaitable[Any]], *, limit: int, timeout: float, observe: object) -> None:
-        del limit, observe
+    def __init__(self, function: Callable[[], Awaitable[Any]], *, timeout: float, **_: object) -> None:
         self._function, self._timeout = function, timeout
         self._run: asyncio.Future[Any] | None = None
 
