@@ -104,7 +104,7 @@ def _never(_error: Exception) -> bool:
     return False
 
 
-def _ignore(_callers: int, _outcome: str, _reason: str) -> None:
+def _ignore(_callers: int, _outcome: str, _reason: str, _error: Exception | None) -> None:
     """No metrics."""
 
 
@@ -115,9 +115,9 @@ class Coalescer(Generic[Result]):
     least number of seconds after which a run is late, `repeat` whether a run that raised this error is to be repeated.
 
     A run executes in a copy of the context (`contextvars`) of the first caller that it was started for, so that it can
-    act in that caller's name. `observe` is told of each run that ended: how many callers it settled; its outcome,
-    "answered", "failed" or "cancelled"; and why it was started, "asked", "late" or "failed" for a repeat. Use a
-    coalescer in one event loop only.
+    act in that caller's name. `observe` is called for each run that ended: how many callers it settled; its outcome,
+    "answered", "failed" or "cancelled"; why it was started, "asked", "late" or "failed" for a repeat; and its error.
+    Use a coalescer in one event loop only.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Coalescer(Generic[Result]):
         timeout: float,
         patience: float,
         repeat: Callable[[Exception], bool] = _never,
-        observe: Callable[[int, str, str], None] = _ignore,
+        observe: Callable[[int, str, str, Exception | None], None] = _ignore,
     ) -> None:
         self._function = function
         self._limit = limit
@@ -316,12 +316,12 @@ class Coalescer(Generic[Result]):
         elif self._due == math.inf:  # otherwise the waiting batch's run, which starts now, is theirs, too
             self._due, self._reason = now + self._repeat_after, "failed"
             self._repeat_after *= 2
-        self._ended(run, "failed", settled)
+        self._ended(run, "failed", settled, error)
 
-    def _ended(self, run: _Run, outcome: str, settled: int) -> None:
+    def _ended(self, run: _Run, outcome: str, settled: int, error: Exception | None = None) -> None:
         if run in self._runs:
             self._runs.remove(run)
         if self._due < math.inf and self._reason != "failed":  # a waiting batch starts as soon as a run ends
             self._due = -math.inf
-        self._observe(settled, outcome, run.reason)
+        self._observe(settled, outcome, run.reason, error)
         self._advance()

@@ -23,6 +23,7 @@ from typing import Self
 import aiohttp
 import uvloop
 from aiohttp import hdrs, web
+from aiohttp.connector import Connection
 from yarl import URL
 
 import lifecycle
@@ -40,6 +41,7 @@ from settings import setting
 MAX_CALLS = 4  # calls to the message service in flight: enough to pass by those that are stuck
 PATIENCE = 0.1  # seconds without an answer after which the message service is called once more
 MAX_BODY = 1024 * 1024  # bytes of an answer of the message service
+REBALANCE_INTERVAL = 10.0  # seconds between two calls that end their connection: the next may reach another replica
 KEEPALIVE_TIMEOUT = 15.0  # seconds; below the message service's 75, so that it is not the one to close first
 TCP_OPTIONS = (  # the kernel gives up a host that acknowledges nothing; one that is only slow to answer does not notice
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -64,19 +66,34 @@ class Settings(lifecycle.CommonSettings):
     downstream_timeout: float = setting(5.0, settings.seconds(), "for the whole call of the message service")
 
 
+class _Response(aiohttp.ClientResponse):
+    """Knows its connection even when that is back in the pool, which a small answer's is before its status is seen."""
+
+    async def start(self, connection: Connection) -> "_Response":
+        self._used = connection.protocol
+        await super().start(connection)
+        return self
+
+    def end_connection(self) -> None:
+        """Let no other call use the connection: it leads to a replica that is not well."""
+        if self._used is not None:  # as a queue of messages it is false when it is empty
+            self._used.close()
+
+
 class MessageService:
     """The message service as the gateway sees it: a context that holds the session, and the coalesced call."""
 
     def __init__(self, settings: Settings) -> None:
+        self._rebalance_at = time.perf_counter() + REBALANCE_INTERVAL
         self._url = settings.downstream_url / "api/message"
-        self._outage = logs.Outage("the message service")
+        self._dependency = metrics.Dependency("the message service")
         self._shared_call = Coalescer(
             self._call,
             limit=MAX_CALLS,
             timeout=settings.downstream_timeout,
             patience=PATIENCE,
             repeat=lambda error: isinstance(error, Problem),  # unreachable, 5xx, broken contract: a replica's own
-            observe=metrics.observe_run,
+            observe=self._dependency.observe_run,
         )
 
     async def __aenter__(self) -> Self:
@@ -95,6 +112,7 @@ class MessageService:
             timeout=aiohttp.ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
             headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},
             auto_decompress=False,
+            response_class=_Response,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self
@@ -110,7 +128,9 @@ class MessageService:
             content = await self._shared_call()
         except RunTimeoutError as error:
             problem = responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", "no answer")
-            raise self._failed(problem, error.context[_REQUEST]) from error
+            problem.downstream_request_id = error.context[_REQUEST][REQUEST_ID]
+            self._dependency.failed(problem)
+            raise problem from error
         except Problem as problem:
             raise problem.copy() from problem.__cause__
         if content is None:
@@ -125,12 +145,19 @@ class MessageService:
         traceparent = request.headers.get("traceparent")
         if traceparent and _VALID_TRACEPARENT(traceparent):
             headers["traceparent"] = traceparent
+        if started > self._rebalance_at:
+            self._rebalance_at = started + REBALANCE_INTERVAL
+            headers["Connection"] = "close"
+        response = None
         try:
             async with self._session.get(self._url, headers=headers, allow_redirects=False) as response:
                 content = read_content(response.status, _media_type(response), await _read_body(response))
         except (aiohttp.ClientError, OSError, Problem) as error:
-            raise self._failed(to_problem(error), request) from error
-        self._outage.succeeded()
+            if isinstance(response, _Response):
+                response.end_connection()
+            problem = to_problem(error)
+            problem.downstream_request_id = request[REQUEST_ID]
+            raise problem from error
         if content is None:
             return None
         timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
@@ -138,13 +165,6 @@ class MessageService:
         if _VALID_SERVER_TIMING(behind):
             timing += f", {behind}"
         return responses.json_representation("result", content, {"Server-Timing": timing})
-
-    def _failed(self, problem: Problem, request: web.BaseRequest) -> Problem:
-        """Remember a failure of the call that was made in the name of this request, and return it."""
-        self._outage.failed()
-        metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
-        problem.downstream_request_id = request[REQUEST_ID]
-        return problem
 
 
 async def _refuse_second_connection(_session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:

@@ -12,7 +12,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -140,24 +139,3 @@ class RepeatLog:
     def _summarise(self, key: object, level: int, message: str, fields: dict[str, Any]) -> None:
         if repeats := self._repeats.pop(key):
             self.write(key, level, message, **fields | {"repeats": repeats})
-
-
-class Outage:
-    """Remembers since when something that a server stands on is away, to say so in one line when it is back.
-
-    That it went away is told by the requests that fail.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._since: float | None = None
-        self._lines = RepeatLog()
-
-    def failed(self) -> None:
-        self._since = self._since or time.monotonic()
-
-    def succeeded(self) -> None:
-        if self._since is not None:
-            seconds = round(time.monotonic() - self._since, 3)
-            self._since = None
-            self._lines.write("back", logging.INFO, f"{self._name} answers again", outage_s=seconds)

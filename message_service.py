@@ -277,7 +277,8 @@ class Slot:
     def _drop(self) -> None:
         self._prepared.clear()
         if self._connection:
-            self._connection.close()
+            if not self._connection.closed:  # aiopg would stop watching a socket that others may have got since
+                self._connection.close()
             self._pool.release(self._connection)
             self._connection = None
 
@@ -300,14 +301,14 @@ class Database:
         self._idle = deque(self._slots)  # connected ones at the right, where they are taken from
         self._free = asyncio.Semaphore(len(self._slots))
         self._timeout = settings.db_timeout
+        self._dependency = metrics.Dependency("the database")
         self._shared_query = Coalescer(
             self._query_message,
             limit=settings.db_pool_size,
             timeout=settings.db_timeout,
             patience=PATIENCE,
-            observe=metrics.observe_run,
+            observe=self._dependency.observe_run,
         )
-        self._outage = logs.Outage("the database")
         self._name = secrets.token_hex(3)
         self._queries = itertools.count(1)
         self._checked_at = -math.inf  # event loop's time of the last answer or failure
@@ -330,7 +331,8 @@ class Database:
         try:
             message = await self._shared_query()
         except RunTimeoutError as error:
-            raise self._failed(error) from error
+            self._dependency.failed(problem := self._remember(error))
+            raise problem from error
         except Problem as problem:
             raise problem.copy() from problem.__cause__
         if message is None:
@@ -347,7 +349,11 @@ class Database:
             async with asyncio.timeout(self._timeout):
                 return await self._fetch(statement, args, once=once)
         except TimeoutError as error:
-            raise self._failed(error) from error
+            self._dependency.failed(problem := self._remember(error))
+            raise problem from error
+        except Problem as problem:
+            self._dependency.failed(problem)
+            raise
 
     async def check(self) -> None:
         """Raise `Problem` unless the database answers, or did so in the last `READINESS_REUSE` seconds."""
@@ -379,22 +385,19 @@ class Database:
             except (psycopg2.DataError, psycopg2.IntegrityError):
                 raise
             except FAILURES as error:
-                raise self._failed(error) from error
+                raise self._remember(error) from error
             finally:
                 if slot.connected:
                     self._idle.append(slot)
                 else:
                     self._idle.appendleft(slot)
-        self._outage.succeeded()
         self._checked_at = asyncio.get_running_loop().time()
         self._failure = None
         return rows
 
-    def _failed(self, error: Exception) -> Problem:
-        """Remember a failure of the database, and return what a client sees of it."""
+    def _remember(self, error: Exception) -> Problem:
+        """Remember a failure of the database for `check`, and return what a client sees of it."""
         problem = to_problem(error)
-        self._outage.failed()
-        metrics.DEPENDENCY_ERRORS.labels(problem.kind).inc()
         self._checked_at = asyncio.get_running_loop().time()
         self._failure = problem
         return problem

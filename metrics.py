@@ -6,19 +6,22 @@ what a client sends; what can be read when Prometheus asks is not counted at eac
 
 import asyncio
 import functools
+import logging
+import time
 
 import prometheus_client
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, Info, generate_latest
 
-from responses import Representation, RepresentationResponse
+import logs
+from responses import Problem, Representation, RepresentationResponse
 
 LAG_INTERVAL = 0.5  # seconds between two looks at the event loop
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the lines, and Prometheus does not need them
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_CALLERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+_CALLERS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 
 _REQUESTS = Histogram(
     "http_server_request_duration_seconds",
@@ -34,7 +37,11 @@ _RUNS = Histogram(
 )
 _LAG = Histogram("event_loop_lag_seconds", "How much later than due the event loop runs a timer", buckets=_SECONDS)
 ACTIVE_REQUESTS = Gauge("http_server_active_requests", "Requests in flight")
-DEPENDENCY_ERRORS = Counter("dependency_errors", "Calls of what is behind this server that failed", ("error_type",))
+_DEPENDENCY_ERRORS = Counter(
+    "dependency_errors",
+    "Failures of what is behind this server that clients saw, or nobody",
+    ("error_type", "seen_by"),
+)
 CONNECTIONS = Gauge("db_client_connection_count", "Connections to the database", ("db_client_connection_state",))
 MAX_CONNECTIONS = Gauge("db_client_connection_max", "Connections to the database that there can be")
 CONNECT_FAILURES = Counter("db_client_connect_failures", "Connections to the database that could not be made")
@@ -51,8 +58,39 @@ def observe_request(method: str, route: str | None, status: int, seconds: float)
     _requests(known_method, route or "unmatched", status).observe(seconds)
 
 
-def observe_run(callers: int, outcome: str, reason: str) -> None:
-    _runs(outcome, reason).observe(callers)
+class Dependency:
+    """What a server stands on: counts its failures, and logs when it is back after one that clients saw.
+
+    That it went away is logged by the requests that fail.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._away_since: float | None = None
+        self._lines = logs.RepeatLog()
+
+    def observe_run(self, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
+        """What a `Coalescer` calls for each run that ended."""
+        _runs(outcome, reason).observe(callers)
+        if outcome == "answered":
+            self.answered()
+        elif isinstance(error, Problem):
+            self.failed(error, seen=callers > 0)
+
+    def answered(self) -> None:
+        if self._away_since is not None:
+            seconds = round(time.monotonic() - self._away_since, 3)
+            self._away_since = None
+            self._lines.write("back", logging.INFO, f"{self._name} answers again", outage_s=seconds)
+
+    def failed(self, problem: Problem, *, seen: bool = True) -> None:
+        """`seen`: by a client."""
+        _DEPENDENCY_ERRORS.labels(problem.kind, "clients" if seen else "nobody").inc()
+        if seen:
+            self._away_since = self._away_since or time.monotonic()
+        else:
+            message = f"{self._name} failed, which no client saw"
+            self._lines.write(problem.cause, logging.WARNING, message, cause=problem.cause)
 
 
 async def watch_event_loop() -> None:

@@ -144,12 +144,13 @@ class World:
             run.ended, run.ended_at = next(self.order), self.loop.time()
             self.ended.append(run)
 
-    def _observe(self, callers: int, outcome: str, reason: str) -> None:
+    def _observe(self, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
         self.observations.append((callers, outcome, reason))
         if not self.ended:
             self._expect((callers, outcome) == (0, "cancelled"), f"{outcome} was observed of a run that never started")
             return
         run = self.ended.pop()
+        self._expect(error is run.error, "another error than the run's")
         run.reason = reason
         run.observed.append((callers, outcome))
 

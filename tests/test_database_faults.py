@@ -118,7 +118,8 @@ async def test_a_fault_gets_its_answer_and_heals(
     sockets = open_sockets(service.pid)
 
     with fault(cluster):
-        for answer in await asyncio.gather(*(get(url, within=2) for url in urls * 5)):
+        # The gateway tries again for two seconds, or until its limit.
+        for answer in await asyncio.gather(*(get(url, within=3.5) for url in urls * 5)):
             problem = answer.json()
             assert (answer.status, problem["type"], problem["status"]) == (status, kind, status)
             assert problem["request_id"] == answer.request_id
@@ -234,17 +235,27 @@ async def test_a_client_that_leaves_ends_its_query(service: Server, database: Da
 
 
 async def test_many_clients_need_few_connections(start: Start, database: Database) -> None:
-    """A hundred who ask while the table is locked use no more than the pool; all are answered when it is free."""
+    """A hundred who ask while the table is locked use no more than the pool; all are answered when it is free.
+
+    Though late queries are sent again: the database never has more of them at a time than there are connections.
+    """
     service = await start("message_service", **database.settings(), DB_TIMEOUT=5)
+    running = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+    watching = database.connect()
+    watching.autocommit = True
+    cursor = watching.cursor()
+    counts = []
     with database.locked():
         waiting = []
-        while len(database.backends()) < 1 + 4:
-            waiting += [asyncio.create_task(get(service.url + "/api/message")) for _ in range(20)]
+        for _ in range(75):
+            waiting += [asyncio.create_task(get(service.url + "/api/message")) for _ in range(2)]
             await asyncio.sleep(0.02)
-        waiting += [asyncio.create_task(get(service.url + "/api/message")) for _ in range(20)]
-        await asyncio.sleep(0.1)
-        assert len(database.backends()) == 1 + 4
+            cursor.execute(running, (database.name,))
+            counts += cursor.fetchone()
     assert {answer.status for answer in await asyncio.gather(*waiting)} == {200}
+    assert max(counts) == 4
+    samples = (await get(service.url + "/metrics")).body.decode()
+    assert 'coalescing_run_callers_count{outcome="cancelled",reason="asked"}' in samples
 
 
 async def test_terminated_backends_hold_up_nobody(service: Server, database: Database) -> None:
@@ -258,37 +269,36 @@ async def test_terminated_backends_hold_up_nobody(service: Server, database: Dat
     assert await answers_well(service.url + "/api/message")
 
 
-async def test_a_slow_connect_holds_up_nobody_else(start: Start, database: Database, make_proxy: MakeProxy) -> None:
-    """While one request waits for a new connection that does not come, others are answered on the live one."""
+async def test_a_slow_connect_holds_up_nobody(start: Start, database: Database, make_proxy: MakeProxy) -> None:
+    """While a new connection does not come, everybody is answered on the live one."""
     proxy = await make_proxy(database.port)
     service = await start("message_service", **database.settings(DB_PORT=proxy.port), DB_TIMEOUT=3)
     url = service.url + "/api/message"
     assert await answers_well(url)
     proxy.freeze(established=False)
     with database.locked():
-        first = asyncio.create_task(get(url))
+        waiting = [asyncio.create_task(get(url))]
         await eventually(lambda: database.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
-        stuck = asyncio.create_task(get(url))
-        await eventually(lambda: proxy.accepted == 2)
-    assert (await first).status == 200
+        waiting.append(asyncio.create_task(get(url)))
+        await eventually(lambda: proxy.accepted >= 2)
+    for answer in await asyncio.gather(*waiting):
+        assert (answer.status, answer.seconds < 2) == (200, True)
     for _ in range(5):
         assert (await get(url, within=1)).status == 200
-    assert not stuck.done()
-    proxy.resume()
-    assert (await stuck).status == 200
 
 
-async def test_a_connection_that_died_silently_costs_one_time_limit(
+async def test_a_connection_that_died_silently_costs_nobody_a_request(
     start: Start, database: Database, make_proxy: MakeProxy
 ) -> None:
-    """When a firewall forgot the connections, one request is answered 504, and the next ones well."""
+    """When a firewall forgot the connections, the next request gets its answer on a new one."""
     proxy = await make_proxy(database.port)
-    service = await start("message_service", **database.settings(DB_PORT=proxy.port), DB_TIMEOUT=1)
+    service = await start("message_service", **database.settings(DB_PORT=proxy.port))
     url = service.url + "/api/message"
     assert await answers_well(url)
     proxy.freeze(new=False)
-    assert (await get(url, within=2)).status == 504
-    assert await answers_well(url)
+    for _ in range(5):
+        assert await answers_well(url)
+    assert proxy.accepted == 2
 
 
 async def test_a_host_that_was_restarted_costs_no_request(

@@ -117,11 +117,11 @@ async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Datab
 
 
 async def test_a_schema_that_can_not_be_applied_is_one_line(empty_database: Database) -> None:
-    """And exit status 1: no database, no address."""
-    with reserve_port() as refused:
-        for change in ({"DB_NAME": "nowhere"}, {"DB_PORT": refused.getsockname()[1]}):
-            ended = run("-m", "message_service", "--apply-schema", **empty_database.settings(**change))
-            assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
+    """And exit status 1: here there is no such database."""
+    settings = empty_database.settings(DB_NAME="nowhere")
+    ended = run("-m", "message_service", "--apply-schema", **settings)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
+    assert "nowhere" in ended.stderr
 
 
 def test_the_version_is_the_projects() -> None:

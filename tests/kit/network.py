@@ -151,12 +151,14 @@ Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]]
 class Peer:
     """An HTTP server that says what the test says: bytes, or a coroutine function that writes them.
 
-    After each request's head was read (kept in `requests`), the script runs; then the connection is closed.
+    After each request's head was read (kept in `requests`), the script runs; then the connection is closed, unless it
+    is to be kept. `accepted` counts the connections.
     """
 
     def __init__(self, script: bytes | Script, *, keep_alive: bool = False):
         self.script, self.keep_alive = script, keep_alive
         self.requests: list[str] = []
+        self.accepted = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> "Peer":
@@ -167,6 +169,7 @@ class Peer:
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         task = asyncio.current_task()
         assert task
         self._tasks.add(task)
@@ -179,7 +182,7 @@ class Peer:
                     else:
                         await self.script(reader, writer)
                     await writer.drain()
-                    if not self.keep_alive:
+                    if not self.keep_alive or "\r\nconnection: close\r\n" in self.requests[-1].lower():
                         break
             finally:
                 writer.close()
