@@ -252,6 +252,8 @@ class Coalescer(Generic[Result]):
         if reason == "late":
             self._late_since = min(self._late_since, now)
             self._wait = max(self._wait, min(2 * self._wait, LONGEST_WAIT))
+        if reason == "failed":
+            self._repeat_after *= 2
         run = _Run(reason)
         self._runs.append(run)
         self._due = math.inf
@@ -315,7 +317,6 @@ class Coalescer(Generic[Result]):
                     settled += 1
         elif self._due == math.inf:  # otherwise the waiting batch's run, which starts now, is theirs, too
             self._due, self._reason = now + self._repeat_after, "failed"
-            self._repeat_after *= 2
         self._ended(run, "failed", settled, error)
 
     def _ended(self, run: _Run, outcome: str, settled: int, error: Exception | None = None) -> None:

@@ -15,6 +15,7 @@ import pytest
 from kit.faults import (  # noqa: F401  # fixtures and hooks for tests/faults/
     chain,
     make_chain,
+    network_if_permitted,
     note,
     observed,
     own_network,

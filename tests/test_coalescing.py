@@ -911,6 +911,22 @@ def test_who_comes_after_a_failure_need_not_wait_for_its_repeat(trouble: World) 
     assert {outcome(first), outcome(second)} == {trouble.runs[1]}
 
 
+def test_runs_for_those_who_come_meanwhile_are_no_repeats(trouble: World) -> None:
+    """However many of them fail in the first second, what failed is still repeated afterwards."""
+    callers = []
+    for _ in range(100):
+        callers += trouble.arrived()
+        trouble.fail(trouble.unfinished()[0], Transient())
+        trouble.live(0.01, step=0.005)
+        for run in trouble.unfinished():
+            trouble.fail(run, Transient())
+            trouble.settle()
+    trouble.live(0.7)
+    trouble.answer(trouble.unfinished()[0])
+    trouble.settle()
+    assert {type(outcome(caller)) for caller in callers} == {Run}
+
+
 def test_an_error_that_is_not_to_be_repeated_is_told_at_once(trouble: World) -> None:
     """A defect does not go away by another try."""
     (caller,) = trouble.arrived()

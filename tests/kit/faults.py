@@ -193,32 +193,44 @@ async def chain(cluster: Cluster, make_chain: MakeChain) -> Chain:
 CLONE_NEWNET = 0x40000000
 
 
+IPTables = Callable[..., None]
+
+
 @pytest.fixture
-def own_network() -> Iterator[Callable[..., None]]:
+def network_if_permitted() -> Iterator[IPTables | None]:
     """A network namespace for this test alone: yields what executes `iptables` in it. Ask for it before all else.
 
-    Skips where the test may not make one.
+    Yields None where the test may not make one.
     """
     libc = ctypes.CDLL(None, use_errno=True)
+
+    def iptables(*arguments: str) -> None:
+        subprocess.run(["iptables", "-w", *arguments], check=True, capture_output=True)
+
     with Path("/proc/thread-self/ns/net").open() as home:
         if libc.unshare(CLONE_NEWNET):
-            pytest.skip("needs root's right to make a network namespace")
+            yield None
+            return
         try:
-
-            def iptables(*arguments: str) -> None:
-                subprocess.run(["iptables", "-w", *arguments], check=True, capture_output=True)
-
-            try:
-                subprocess.run(["ip", "link", "set", "lo", "up"], check=True, capture_output=True)
-                iptables("-S")
-            except (OSError, subprocess.CalledProcessError):
-                pytest.skip("needs ip and iptables")
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True, capture_output=True)
+            iptables("-S")
             # Since Linux 6.5 the first SYNs are repeated once a second; before, ever more rarely.
             with contextlib.suppress(OSError):
                 Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts").write_text("0")
-            yield iptables
-        finally:
+        except (OSError, subprocess.CalledProcessError):
             assert libc.setns(home.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            yield None
+            return
+        yield iptables
+        assert libc.setns(home.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.fixture
+def own_network(network_if_permitted: IPTables | None) -> IPTables:
+    """The same; skips where the test may not make one."""
+    if network_if_permitted is None:
+        pytest.skip("needs root's right to make a network namespace, ip and iptables")
+    return network_if_permitted
 
 
 # ---- the table -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from kit import eventually
-from kit.client import PATIENCE, Answer, connection
+from kit.client import PATIENCE, Answer, connection, get
 
 
 @dataclass
@@ -88,6 +88,60 @@ class Clients:
             return len(new) >= self.count
 
         await eventually(enough, within)
+
+
+class OpenLoop:
+    """`async with OpenLoop(*urls) as load`: a request every hundredth of a second, in turn to each URL, whatever
+    becomes of those before: what is slow or fails is seen by as many requests as it lasts for.
+    """
+
+    def __init__(self, *urls: str, rate: float = 100):
+        self.urls, self.rate = urls, rate
+        self.replies: list[Reply] = []
+        self._ends = False
+
+    async def __aenter__(self) -> Self:
+        """Return when all is well."""
+        for url in self.urls * 5:
+            await eventually(lambda url=url: self._ask_well(url))  # type: ignore[misc]
+        self.replies.clear()
+        self._task = asyncio.create_task(self._keep_asking())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop asking, and wait for the answers that are under way."""
+        self._ends = True
+        await self._task
+
+    async def _keep_asking(self) -> None:
+        tasks: list[asyncio.Task[Reply]] = []
+        begin = time.monotonic()
+        while not self._ends:
+            tasks.append(asyncio.create_task(self._ask(self.urls[len(tasks) % len(self.urls)])))
+            await asyncio.sleep(max(0.0, begin + len(tasks) / self.rate - time.monotonic()))
+        await asyncio.gather(*tasks)
+
+    async def _ask(self, url: str) -> Reply:
+        began = time.monotonic()
+        try:
+            answer = await get(url)
+            reply = Reply(began, time.monotonic(), answer.status, _reason(answer))
+        except (OSError, EOFError, TimeoutError) as error:
+            reply = Reply(began, time.monotonic(), 0, repr(error))
+        self.replies.append(reply)
+        return reply
+
+    async def _ask_well(self, url: str) -> bool:
+        return (await self._ask(url)).status == 200
+
+    def failed(self) -> list[Reply]:
+        """Those that were not answered with 200."""
+        return [reply for reply in self.replies if reply.status != 200]
+
+    def slowest(self, share: float = 1) -> float:
+        """Seconds in which this share of the requests was answered."""
+        times = sorted(reply.seconds for reply in self.replies)
+        return times[min(len(times) - 1, int(share * len(times)))]
 
 
 def _reason(answer: Answer) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 BEGIN, END = "<!-- faults: written by `make faults` -->", "<!-- faults: end -->"
-AREAS = ("Database", "Network and downstream", "Clients", "Process")
+AREAS = ("Database", "Network and downstream", "One of two replicas", "Clients", "Process")
 
 
 @dataclass

@@ -1,0 +1,309 @@
+"""Two replicas of each server, and one of them, or the database, breaks: no client gets a failed request.
+
+The message services stand behind one address that gives each new connection to one of them at random, as a Kubernetes
+Service does: iptables does it where the test may make a network namespace, else a small forwarder. The load is open
+loop: 100 requests a second, half of them to each gateway, whatever becomes of those before.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from conftest import MakePeer, MakeProxy, Start
+from kit import eventually
+from kit.faults import IPTables, RowOf
+from kit.load import OpenLoop
+from kit.network import Proxy, response
+from kit.postgres import Cluster
+from kit.processes import Server
+
+GOOD = response('{"message": "ok"}')
+LONG = 15.0  # seconds
+
+
+def row(fault: str) -> pytest.MarkDecorator:
+    return pytest.mark.fault("One of two replicas", fault, "200, none lost")
+
+
+class Forwarder(Proxy):
+    """A proxy that gives each new connection to one of several ports."""
+
+    targets: list[int]
+
+    @property
+    def target_port(self) -> int:
+        return random.choice(self.targets)
+
+    @target_port.setter
+    def target_port(self, port: int) -> None:
+        self.targets = [port]
+
+
+class Service:
+    """One address for several ports."""
+
+    def __init__(self, iptables: IPTables | None):
+        self._iptables = iptables
+        self._forwarder = Forwarder(0)
+        self.url = self._forwarder.url
+
+    async def start(self, *ports: int) -> None:
+        """Spread connections over these ports."""
+        if not self._iptables:
+            await self._forwarder.accept()
+        else:
+            to_this = ["-p", "tcp", "-d", "127.0.0.1", "--dport", str(self._forwarder.port)]
+            self._iptables("-t", "nat", "-N", "SERVICE")
+            self._iptables("-t", "nat", "-A", "OUTPUT", *to_this, "-j", "SERVICE")
+        self.spread(*ports)
+
+    def spread(self, *ports: int) -> None:
+        """From now on, new connections go to these; those that are up stay."""
+        self._forwarder.targets = list(ports)
+        if self._iptables:
+            self._iptables("-t", "nat", "-F", "SERVICE")
+            for left, port in zip(range(len(ports), 0, -1), ports, strict=True):
+                share = ["-m", "statistic", "--mode", "random", "--probability", str(1 / left)]
+                target = ["-j", "DNAT", "--to-destination", f"127.0.0.1:{port}"]
+                self._iptables("-t", "nat", "-A", "SERVICE", "-p", "tcp", *share, *target)
+
+    async def close(self) -> None:
+        """End it."""
+        await self._forwarder.close()
+
+
+class Replicas:
+    """Two gateways, the address of the message services, and two of those, each with its own way to the database."""
+
+    def __init__(self, service: Service, start: Start, note: RowOf):
+        self.service, self._start, self._note = service, start, note
+        self.gateways: list[Server] = []
+
+    async def serve(self, *ports: int) -> None:
+        """Start gateways, and let them call these ports."""
+        await self.service.start(*ports)
+        for _ in range(2):
+            self.gateways.append(await self._start("gateway", DOWNSTREAM_URL=self.service.url))
+
+    @asynccontextmanager
+    async def lose_nothing(self, seconds: float = 4) -> AsyncIterator[OpenLoop]:
+        """Inside, break something; the load goes on for this time. Not one request may have failed."""
+        async with OpenLoop(*(gateway.url + "/api/string" for gateway in self.gateways)) as load:
+            await asyncio.sleep(1)
+            yield load
+            await asyncio.sleep(seconds)
+        failed = load.failed()
+        assert not failed, f"{len(failed)} of {len(load.replies)} failed: {failed[:3]}"
+        assert load.slowest() < 5  # DOWNSTREAM_TIMEOUT
+        self._note(f"{len(load.replies)} of {len(load.replies)} good, the slowest after {load.slowest():.2f} s")
+
+
+@pytest.fixture
+async def replicas(network_if_permitted: IPTables | None, start: Start, note: RowOf) -> AsyncIterator[Replicas]:
+    """Without message services yet."""
+    service = Service(network_if_permitted)
+    yield Replicas(service, start, note)
+    await service.close()
+
+
+class Pair:
+    """The two message services, and the proxies between each of them and the database."""
+
+    def __init__(self, services: list[Server], databases: list[Proxy]):
+        self.services, self.databases = services, databases
+
+
+@pytest.fixture
+async def pair(replicas: Replicas, cluster: Cluster, start: Start, make_proxy: MakeProxy) -> Pair:
+    """Real ones, behind the address."""
+    databases = [await make_proxy(cluster.port) for _ in range(2)]
+    services = [
+        await start("message_service", **cluster.database().settings(DB_PORT=database.port), DRAIN_SECONDS=2)
+        for database in databases
+    ]
+    await replicas.serve(*(service.port for service in services))
+    return Pair(services, databases)
+
+
+async def taken_out(replicas: Replicas, pair: Pair, after: float) -> None:
+    """The first message service gets no new connections any more, as when its readiness probes have failed."""
+    await asyncio.sleep(after)
+    replicas.service.spread(pair.services[1].port)
+
+
+@row("SIGKILLed, and taken out of the Service after 3 s")
+async def test_one_is_killed(replicas: Replicas, pair: Pair) -> None:
+    """Requests under way are sent again to the other."""
+    async with replicas.lose_nothing():
+        pair.services[0].kill()
+        await taken_out(replicas, pair, after=3)
+
+
+@row("frozen (SIGSTOP) for good, and never taken out")
+async def test_one_is_frozen(replicas: Replicas, pair: Pair) -> None:
+    """Connections to it look well and say nothing."""
+    async with replicas.lose_nothing():
+        pair.services[0].freeze()
+
+
+@pytest.mark.matrix
+@row("frozen (SIGSTOP) for 15 s, never taken out, and then back")
+async def test_one_is_frozen_for_a_while(replicas: Replicas, pair: Pair) -> None:
+    """Its return is not noticed either."""
+    async with replicas.lose_nothing():
+        pair.services[0].freeze()
+        await asyncio.sleep(LONG)
+        pair.services[0].resume()
+
+
+@pytest.mark.matrix
+@row("packets to and from it dropped silently")
+async def test_one_is_cut_off(network_if_permitted: IPTables | None, replicas: Replicas, pair: Pair) -> None:
+    """Neither an answer nor a refusal comes, for connections that are up and for new ones."""
+    if not network_if_permitted:
+        pytest.skip("needs root's right to make a network namespace, ip and iptables")
+    async with replicas.lose_nothing():
+        for side in ("sport", "dport"):
+            port = str(pair.services[0].port)
+            network_if_permitted("-A", "INPUT", "-p", "tcp", f"--{side}", port, "-j", "DROP")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(lambda proxy: (proxy.refuse(), proxy.cut()), marks=row("its database refuses"), id="refused"),
+        pytest.param(lambda proxy: proxy.freeze(), marks=row("its database is silent"), id="silent"),
+    ],
+)
+async def test_one_loses_its_database(replicas: Replicas, pair: Pair, cut: Callable[[Proxy], None]) -> None:
+    """The other one's is fine. Its readiness fails, so that it is taken out after 3 s."""
+    async with replicas.lose_nothing():
+        cut(pair.databases[0])
+        await taken_out(replicas, pair, after=3)
+
+
+@pytest.mark.matrix
+@row("terminated (SIGTERM) with `DRAIN_SECONDS=2`, and taken out a second later")
+async def test_one_is_terminated(replicas: Replicas, pair: Pair) -> None:
+    """It ends well meanwhile."""
+    async with replicas.lose_nothing():
+        pair.services[0].terminate()
+        await taken_out(replicas, pair, after=1)
+        assert await pair.services[0].exit_status() == 0
+
+
+@pytest.mark.matrix
+@row("every answer of it 400 ms late")
+async def test_one_is_slow(replicas: Replicas, pair: Pair, make_proxy: MakeProxy, note: RowOf) -> None:
+    """99 of 100 requests are answered as if the other one were alone."""
+    slow = await make_proxy(pair.services[0].port)
+    replicas.service.spread(slow.port, pair.services[1].port)
+    async with replicas.lose_nothing(seconds=12) as load:
+        slow.delay = 0.2  # seconds, each way
+    assert load.slowest(0.99) < 0.3
+    note(f"{len(load.replies)} of {len(load.replies)} good, 99 % within {load.slowest(0.99):.2f} s")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(
+            response("<html>", "500 Internal Server Error", "text/html"), marks=row("it answers 500"), id="500"
+        ),
+        pytest.param(b"garbage\r\n\r\n", marks=row("it answers garbage"), id="garbage"),
+        pytest.param(b"", marks=row("it closes every connection"), id="closes"),
+    ],
+)
+async def test_one_goes_mad(replicas: Replicas, make_peer: MakePeer, script: bytes) -> None:
+    """It is never taken out, and keeps its connections where HTTP allows that."""
+    peers = [await make_peer(GOOD, keep_alive=True) for _ in range(2)]
+    await replicas.serve(*(peer.port for peer in peers))
+    async with replicas.lose_nothing():
+        peers[0].script = script
+        peers[0].keep_alive = bool(script)
+
+
+# ---- the database behind both --------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def away(proxies: list[Proxy], seconds: float) -> AsyncIterator[None]:
+    """New connections are refused for this long; what happens to those that are up is done inside."""
+    for proxy in proxies:
+        proxy.refuse()
+    yield
+    await asyncio.sleep(seconds)
+    for proxy in proxies:
+        await proxy.accept()
+
+
+@pytest.mark.parametrize(
+    "end_old",
+    [
+        pytest.param(Proxy.cut, marks=row("the database fails over within 1 s, old connections reset"), id="reset"),
+        pytest.param(
+            lambda proxy: proxy.freeze(new=False),
+            marks=row("the database fails over within 1 s, old connections silent"),
+            id="silent",
+        ),
+    ],
+)
+async def test_the_database_fails_over(replicas: Replicas, pair: Pair, end_old: Callable[[Proxy], None]) -> None:
+    """Refused for most of a second; then new connections are well, and the old ones never again."""
+    async with replicas.lose_nothing(), away(pair.databases, seconds=0.7):
+        for proxy in pair.databases:
+            end_old(proxy)
+
+
+@pytest.mark.matrix
+@row("the database restarts (fast shutdown)")
+@pytest.mark.usefixtures("pair")
+async def test_the_database_restarts(replicas: Replicas, cluster: Cluster) -> None:
+    """In less than a second."""
+    async with replicas.lose_nothing():
+        await asyncio.to_thread(cluster.restart, "fast")
+
+
+@pytest.mark.matrix
+@row("all connections to the database terminated, twenty times")
+@pytest.mark.usefixtures("pair")
+async def test_the_database_terminates_all(replicas: Replicas, cluster: Cluster) -> None:
+    """Whatever query is under way is sent again."""
+    async with replicas.lose_nothing():
+        for _ in range(20):
+            await asyncio.to_thread(cluster.database().terminate_backends)
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("pair")
+@row("each query takes 300 ms")
+async def test_the_database_is_slow(replicas: Replicas, cluster: Cluster) -> None:
+    """Slow is not broken; and it never works on more queries than the services have connections."""
+    running = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    counts = []
+    async with replicas.lose_nothing(seconds=0):
+        database = cluster.database()
+        database.sql(
+            "BEGIN; ALTER TABLE messages RENAME TO elsewhere;"
+            "CREATE VIEW messages AS SELECT id, content FROM elsewhere, (SELECT pg_sleep(0.3)) AS nap; COMMIT"
+        )
+        for _ in range(100):
+            counts += await asyncio.to_thread(database.sql, running)
+            await asyncio.sleep(0.03)
+    assert max(counts) <= (8,)
+
+
+# ---- everything is away ----------------------------------------------------------------------------------------
+
+
+async def test_after_a_fault_both_get_calls_again(replicas: Replicas, make_peer: MakePeer) -> None:
+    """Some time after one of them was away, the load is shared again."""
+    peers = [await make_peer(GOOD, keep_alive=True) for _ in range(2)]
+    await replicas.serve(*(peer.port for peer in peers))
+    replicas.service.spread(peers[1].port)
+    async with replicas.lose_nothing(seconds=0):
+        replicas.service.spread(*(peer.port for peer in peers))
+        await eventually(lambda: len(peers[0].requests) > 100, within=60)
