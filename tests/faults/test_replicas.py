@@ -80,18 +80,25 @@ class Replicas:
     def __init__(self, service: Service, start: Start, note: RowOf):
         self.service, self._start, self._note = service, start, note
         self.gateways: list[Server] = []
+        self.ports: tuple[int, ...] = ()
 
     async def serve(self, *ports: int) -> None:
         """Start gateways, and let them call these ports."""
+        self.ports = ports
         await self.service.start(*ports)
         for _ in range(2):
             self.gateways.append(await self._start("gateway", DOWNSTREAM_URL=self.service.url))
 
     @asynccontextmanager
     async def lose_nothing(self, seconds: float = 4) -> AsyncIterator[OpenLoop]:
-        """Inside, break something; the load goes on for this time. Not one request may have failed."""
+        """Inside, break something; the load goes on for this time. Not one request may have failed.
+
+        Until then all connections lead to the first replica, so that it is in use when it breaks.
+        """
+        self.service.spread(self.ports[0])
         async with OpenLoop(*(gateway.url + "/api/string" for gateway in self.gateways)) as load:
             await asyncio.sleep(1)
+            self.service.spread(*self.ports)
             yield load
             await asyncio.sleep(seconds)
         failed = load.failed()
@@ -199,7 +206,7 @@ async def test_one_is_terminated(replicas: Replicas, pair: Pair) -> None:
 async def test_one_is_slow(replicas: Replicas, pair: Pair, make_proxy: MakeProxy, note: RowOf) -> None:
     """99 of 100 requests are answered as if the other one were alone."""
     slow = await make_proxy(pair.services[0].port)
-    replicas.service.spread(slow.port, pair.services[1].port)
+    replicas.ports = slow.port, pair.services[1].port
     async with replicas.lose_nothing(seconds=12) as load:
         slow.delay = 0.2  # seconds, each way
     assert load.slowest(0.99) < 0.3
@@ -303,7 +310,5 @@ async def test_after_a_fault_both_get_calls_again(replicas: Replicas, make_peer:
     """Some time after one of them was away, the load is shared again."""
     peers = [await make_peer(GOOD, keep_alive=True) for _ in range(2)]
     await replicas.serve(*(peer.port for peer in peers))
-    replicas.service.spread(peers[1].port)
     async with replicas.lose_nothing(seconds=0):
-        replicas.service.spread(*(peer.port for peer in peers))
-        await eventually(lambda: len(peers[0].requests) > 100, within=60)
+        await eventually(lambda: len(peers[1].requests) > 100, within=60)
