@@ -310,7 +310,7 @@ async def test_what_failed_is_not_drawn_as_slow(broken: Server, system: System, 
     tops = "bars => bars.map(bar => bar.getBBox().y)"
     assert min(await ill.locator("#plot rect").evaluate_all(tops)) > axis
     assert max(await well.locator("#plot rect").evaluate_all(tops)) <= axis
-    assert re.fullmatch(r"(\d+) requests, \1 failed", await ill.locator("thead th").first.inner_text())
+    assert re.fullmatch(r"Last (\d+): \1 failed", await ill.locator("thead th").first.inner_text())
 
 
 async def test_paused_does_not_look_healthy(broken: Server, system: System, show: Show) -> None:
