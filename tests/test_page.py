@@ -4,6 +4,7 @@ After each test its page has to be without faults: no error in the console, noth
 refused, nothing asked of anybody but the gateway.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +17,8 @@ from conftest import Start, System
 from kit import eventually, reserve_port
 from kit.client import get
 from kit.postgres import Cluster
-from playwright.async_api import Browser, ConsoleMessage, Page, Request, ViewportSize, async_playwright
+from kit.processes import Server
+from playwright.async_api import Browser, ConsoleMessage, Page, Request, Route, ViewportSize, async_playwright
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one browser for all tests
 
@@ -46,7 +48,7 @@ class Faults:
         page.on("request", self._request)
 
     def _console(self, message: ConsoleMessage) -> None:
-        # Chromium itself records each failed fetch as an error. A page can not prevent that, and showing those
+        # Chromium itself records each failed fetch as an error. A page cannot prevent that, and showing those
         # failures is what it is for; so the record is left out for what it polls, and for nothing else.
         polled = message.location["url"] in (f"{self.origin}/api/string", f"{self.origin}/healthz")
         if not (polled and message.text.startswith("Failed to load resource: ")) and message.type != "log":
@@ -86,6 +88,13 @@ async def show(browser: Browser) -> AsyncIterator[Show]:
     for page, _ in shown:
         await page.close()
     assert [fault for _, faults in shown for fault in faults.found] == []
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def broken(start: Start) -> AsyncIterator[Server]:
+    """A gateway whose message service is down."""
+    with reserve_port() as refused:
+        yield await start("gateway", DOWNSTREAM_URL=f"http://127.0.0.1:{refused.getsockname()[1]}")
 
 
 async def states(page: Page) -> dict[str, str]:
@@ -128,7 +137,7 @@ async def test_it_shows_the_message_and_what_it_took(system: System, show: Show)
     assert await shown(page) == (await get(system.gateway.url + "/api/string")).json()["result"]
     await becomes(page, UP, down=[])
     for part in UP:
-        assert re.fullmatch(r"since \d\d:\d\d:\d\d", await page.locator(f"#{part} .since").inner_text())
+        assert re.fullmatch(r"seen since \d\d:\d\d:\d\d", await page.locator(f"#{part} .since").inner_text())
         assert re.fullmatch(r"[\d.]+ ms", await page.locator(f"#to-{part} .time").inner_text())
         assert await page.locator(f"#plot .{part}").count()
     assert await page.title() == "Messages"
@@ -162,11 +171,11 @@ async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: 
         message = await shown(page)
 
         async def says(title: str) -> None:
-            assert await page.locator("#state").inner_text() == title
+            assert await page.locator("#state").inner_text() == "A part is down"
             assert await page.locator("#problem h2").inner_text() == title
             assert await page.title() == f"{title} · Messages"
             assert await shown(page) == message  # the last one, said to be that
-            assert "last message" in await page.locator("#read").inner_text()
+            assert "Last message, read at" in await page.locator("#read").inner_text()
 
         cluster.stop()
         await becomes(page, UP | {"database": "down"}, down=["database"])
@@ -178,13 +187,13 @@ async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: 
 
         service.kill()
         await becomes(page, {"gateway": "up", "service": "down", "database": "unknown"}, down=["service"])
-        await says("The message service can not be reached")
+        await says("The message service cannot be reached")
         await start("message_service", PORT=ports[1], **settings)
         await becomes(page, UP, down=[])
 
         gateway.kill()
         await becomes(page, {"gateway": "down", "service": "unknown", "database": "unknown"}, down=["gateway"])
-        await says("The gateway can not be reached")
+        await says("The gateway cannot be reached")
         await start("gateway", PORT=ports[0], DOWNSTREAM_URL=service.url)
         await becomes(page, UP, down=[])
 
@@ -250,6 +259,94 @@ async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Sh
     assert await page.locator("#dots i").count() == 300
 
 
+async def test_a_failed_burst_says_why(broken: Server, show: Show) -> None:
+    """What is down, instead of times and queries; each dot is a failure."""
+    page = await show(broken.url)
+    await page.get_by_role("button", name="Send 300 requests").click()
+    result = page.locator("#result")
+    await result.get_by_text("All 300 requests failed").wait_for()
+    assert (await result.inner_text()).split("\n")[-1] == "The message service cannot be reached."
+    assert await page.locator("#dots > .failure").count() == 300
+    assert await page.locator("#dots span").count() == 0
+
+
+async def test_a_burst_that_fails_in_part_says_both(system: System, show: Show) -> None:
+    """How many requests were answered, how many failed, and each reason with its number."""
+    page = await show(system.gateway.url)
+    await page.get_by_role("button", name="Pause").click()
+    await page.wait_for_function("!asking")
+    fates = itertools.cycle(["continue", "abort", "fulfill"])
+
+    async def meddle(route: Route) -> None:
+        match next(fates):
+            case "continue":
+                await route.continue_()
+            case "abort":
+                await route.abort()  # which the page answers by asking once more
+            case "fulfill":
+                await route.fulfill(status=502, body="<h1>Bad Gateway</h1>")
+
+    await page.route("**/api/string", meddle)
+    await page.get_by_role("button", name="Send 300 requests").click()
+    await page.locator("#send:not([aria-disabled])").wait_for()
+    result = await page.locator("#result").inner_text()
+    answers, failed = re.search(r"^(\d+) answers, ", result), re.search(r"(\d+) failed: (.*)\.$", result)
+    assert answers, result
+    assert failed, result
+    assert int(answers[1]) + int(failed[1]) == 300
+    assert await page.locator("#dots span i").count() == int(answers[1])
+    assert await page.locator("#dots > .failure").count() == int(failed[1])
+    reasons = dict(re.findall(r"(The [a-z ]+) \((\d+)\)", failed[2]))
+    assert reasons.keys() == {"The gateway cannot be reached", "The gateway sends invalid answers"}
+    assert sum(map(int, reasons.values())) == int(failed[1])
+
+
+async def test_what_failed_is_not_drawn_as_slow(broken: Server, system: System, show: Show) -> None:
+    """A failed request has no time: its mark is below the axis, where no answer is, and the table counts it."""
+    well = await show(system.gateway.url)
+    ill = await show(broken.url)
+    await ill.locator("#plot .failure").nth(1).wait_for(state="attached")
+    axis = await ill.locator("#plot path").evaluate("line => line.getBBox().y")
+    tops = "bars => bars.map(bar => bar.getBBox().y)"
+    assert min(await ill.locator("#plot rect").evaluate_all(tops)) > axis
+    assert max(await well.locator("#plot rect").evaluate_all(tops)) <= axis
+    assert re.fullmatch(r"Last (\d+): \1 failed", await ill.locator("thead th").first.inner_text())
+
+
+async def test_paused_does_not_look_healthy(broken: Server, system: System, show: Show) -> None:
+    """While it is paused nothing is green or red: it says what was, and when that was seen; then it starts anew."""
+    well = await show(system.gateway.url)
+    ill = await show(broken.url)
+    seen = {well: UP, ill: {"gateway": "up", "service": "down", "database": "unknown"}}
+    for page, before in seen.items():
+        await page.get_by_role("button", name="Pause").click()
+        was = {part: state if state == "unknown" else f"was {state}" for part, state in before.items()}
+        assert (await states(page), await red(page)) == (was, [])
+        assert await page.locator("#state").inner_text() == "Paused"
+        assert await page.title() == "Paused · Messages"
+        assert await page.locator("[data-state=up], [data-state=down]").count() == 0
+        assert re.fullmatch(r"last seen \d\d:\d\d:\d\d", await page.locator("#gateway .since").inner_text())
+        await page.get_by_role("button", name="Resume").click()
+        await becomes(page, before, down=[part for part, state in before.items() if state == "down"])
+        assert "seen since" in await page.locator("#gateway .since").inner_text()
+
+
+async def test_an_answer_after_the_pause_does_not_undo_it(start: Start, cluster: Cluster, show: Show) -> None:
+    """One that was under way when the person pressed the button is shown, but as what was."""
+    service = await start("message_service", **cluster.database().settings())
+    gateway = await start("gateway", DOWNSTREAM_URL=service.url)
+    page = await show(gateway.url)
+    gateway.freeze()
+    async with page.expect_request("**/api/string"):
+        pass
+    await page.get_by_role("button", name="Pause").click()
+    async with page.expect_response("**/api/string"):
+        gateway.resume()
+    await page.wait_for_function("!asking")
+    assert set((await states(page)).values()) == {"was up"}
+    assert await page.locator("#state").inner_text() == "Paused"
+
+
 async def test_it_asks_politely(start: Start, show: Show) -> None:
     """Once a second; less when nobody looks; not at all while paused; never a second time while it waits."""
     gateway = await start("gateway", DOWNSTREAM_URL=(await start("gateway")).url)
@@ -289,7 +386,7 @@ async def test_it_asks_politely(start: Start, show: Show) -> None:
     assert await within(5) == 0
     gateway.freeze()
     asked = 0
-    await page.get_by_role("button", name="Go on").click()
+    await page.get_by_role("button", name="Resume").click()
     for _ in range(8):
         await page.clock.run_for(1000)
     await eventually(lambda: asked)
@@ -298,17 +395,21 @@ async def test_it_asks_politely(start: Start, show: Show) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_everybody_can_use_it(start: Start, system: System, show: Show, scheme: Scheme) -> None:
-    """axe-core finds nothing, well or not, on a desk and on a phone; nothing is wider than the window."""
+async def test_everybody_can_use_it(broken: Server, system: System, show: Show, scheme: Scheme) -> None:
+    """axe-core finds nothing, well, broken or paused, on a desk and on a phone; nothing is wider than the window."""
     system.database.set_message("A long message: " + "word " * 500 + "x" * 500)
     well = await show(system.gateway.url, scheme=scheme)
     await well.get_by_role("button", name="Send 300 requests").click()
-    await well.locator("#dots i").nth(1).wait_for()
-    broken = await show((await start("gateway", DOWNSTREAM_URL=system.gateway.url)).url, scheme=scheme, size=PHONE)
-    for page in (well, broken):
+    ill = await show(broken.url, scheme=scheme, size=PHONE)
+    await ill.get_by_role("button", name="Send 300 requests").click()
+    paused = await show(system.gateway.url, scheme=scheme)
+    await paused.get_by_role("button", name="Pause").click()
+    for page in (well, ill):
+        await page.locator("#send:not([aria-disabled])").wait_for()
+    for page in (well, ill, paused):
         report = await Axe().run(page)
         assert report.violations_count == 0, report.generate_report()
-    for page in (well, broken):
-        for width in (1280, 390, 320):
+    for page in (well, ill, paused):
+        for width in (1280, 900, 390, 320):
             await page.set_viewport_size({"width": width, "height": 800})
             assert await page.evaluate("document.documentElement.scrollWidth") == width
