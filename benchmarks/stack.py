@@ -57,6 +57,10 @@ def node(name: str) -> list[str]:
     return ["node", str(HERE / "fastify" / f"{name}.js")]
 
 
+def go(name: str) -> list[str]:
+    return [str(HERE / "go" / "bin" / name)]
+
+
 def sizes(database: int, downstream: int) -> dict[str, str]:
     """A peer's connections to the database and to its message service.
 
@@ -97,6 +101,14 @@ SYSTEMS = [
         node("service"),
         sizes(4, 32) | {"NODE_ENV": "production"},
         needs=("node", HERE / "fastify" / "node_modules"),
+    ),
+    System(
+        "go",
+        "Go: net/http + pgx",
+        go("gateway"),
+        go("service"),
+        sizes(4, 32),
+        needs=(HERE / "go" / "bin",),
     ),
     System("bare-json", "limit: aiohttp, constant, json_response", peer("bare_app")),
     System("bare-bytes", "limit: aiohttp web.Server, ready bytes", peer("bare_server")),
