@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test faults check aws lock clean bench
+.PHONY: help run test faults check aws lock clean bench budget
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws/template.yaml, wi
 
 bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 13 minutes; BENCH_OPTIONS=--quick for 90 s
 	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
+
+budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## where each microsecond of a request goes, 3 minutes
+	@.venv-bench/bin/python benchmarks/budget.py $(BENCH_OPTIONS)
 
 # The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
