@@ -32,7 +32,7 @@ KUBERNETES := 1.37 1.36 1.35 1.34
 aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws/template.yaml, without AWS
 	$(BIN)/python -m pytest tests/aws
 
-bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 13 minutes; BENCH_OPTIONS=--quick for 90 s
+bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
 	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
 
 budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## where each microsecond of a request goes, 3 minutes
