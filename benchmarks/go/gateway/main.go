@@ -1,0 +1,59 @@
+// The gateway in net/http: each request makes one downstream call.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+)
+
+func main() {
+	connections, err := strconv.Atoi(os.Getenv("DOWNSTREAM_CONNECTIONS"))
+	if err != nil {
+		log.Fatal("DOWNSTREAM_CONNECTIONS: ", err)
+	}
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.MaxConnsPerHost = connections
+	transport.MaxIdleConnsPerHost = connections // by default 2 are kept, and the others opened anew each time
+	client := &http.Client{Transport: transport, Timeout: 5 * time.Second}
+	url := os.Getenv("DOWNSTREAM_URL") + "/api/message"
+
+	http.HandleFunc("GET /api/string", func(w http.ResponseWriter, r *http.Request) {
+		message, err := ask(r.Context(), client, url)
+		if err != nil {
+			http.Error(w, http.StatusText(http.StatusServiceUnavailable), http.StatusServiceUnavailable)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(struct {
+			Result string `json:"result"`
+		}{message})
+	})
+	log.Fatal(http.ListenAndServe(net.JoinHostPort("127.0.0.1", os.Getenv("PORT")), nil))
+}
+
+func ask(ctx context.Context, client *http.Client, url string) (string, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return "", err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("the message service answers %s", response.Status)
+	}
+	var body struct {
+		Message string `json:"message"`
+	}
+	err = json.NewDecoder(response.Body).Decode(&body)
+	return body.Message, err
+}
