@@ -142,9 +142,9 @@ def a_policy_says_more(template: Template) -> Iterator[Fault]:
                 yield _fault(template, (*here, "Resource"), [*_list(statement["Resource"]), "arn:aws:s3:::another"])
             actions = _list(statement["Action"])
             services = {action.split(":")[0] for action in actions}
-            for more in ("*", "iam:PassRole", "secretsmanager:GetSecretValue", *(f"{name}:*" for name in services)):
-                if more not in actions:
-                    yield _fault(template, (*here, "Action"), [*actions, more])
+            for action in ("*", "iam:PassRole", "secretsmanager:GetSecretValue", *(f"{name}:*" for name in services)):
+                if action not in actions:
+                    yield _fault(template, (*here, "Action"), [*actions, action])
             for operator, keys in statement.get("Condition", {}).items():
                 for key, value in keys.items():
                     yield _fault(template, (*here, "Condition", operator, key), [*_list(value), "another"])

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from stack import listed
+from resolver import listed
 
 Part = tuple[int, str, Any]  # of which statement, which field of it, which of the field's values
 

@@ -2,7 +2,7 @@
 
 cfn-lint and cloudformation-validate know what CloudFormation and the services accept; the latter also runs the rules
 of rules.guard. The tests with the fixture `stack` know what this project wants: they ask the resolved template
-(stack.py) and IAM's rules (iam.py). At the end, thousands of faults are put into the template, one at a time
+(resolver.py) and IAM's rules (iam.py). At the end, thousands of faults are put into the template, one at a time
 (faults.py): each must be found.
 """
 
@@ -28,7 +28,7 @@ from cfnlint.api import ManualArgs, lint
 from cfnlint.decode import cfn_yaml
 from iam import Call, Part, calls, granted_by, neighbours, parts
 from inventory import inventory, paths
-from stack import ACCOUNT, STACK, Stack, TemplateError, parameter_values
+from resolver import ACCOUNT, STACK, Stack, TemplateError, parameter_values
 
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = REPOSITORY / "aws/template.yaml"
@@ -284,11 +284,11 @@ def test_each_zone_leaves_through_its_own_gateway(stack: Stack) -> None:
         for kind, association in (("Public", public), ("Private", table)):
             subnet = {"SubnetId": f"{kind}Subnet{number}"}
             assert stack.resources[f"{kind}RouteTableAssociation{number}"] == {**association, **subnet}
-    for gateway, properties in stack.of_type("EC2::NatGateway").items():
-        number = gateway[-1]
-        assert properties["SubnetId"] == f"PublicSubnet{number}"
-        assert properties["AllocationId"] == f"NatAddress{number}.AllocationId"
-        assert stack.resources[f"NatAddress{number}"]["Domain"] == "vpc"
+    for name, properties in stack.of_type("EC2::NatGateway").items():
+        zone = name[-1]
+        assert properties["SubnetId"] == f"PublicSubnet{zone}"
+        assert properties["AllocationId"] == f"NatAddress{zone}.AllocationId"
+        assert stack.resources[f"NatAddress{zone}"]["Domain"] == "vpc"
 
 
 def test_internet_gateway_is_attached_first(stack: Stack) -> None:
