@@ -224,7 +224,7 @@ def test_parameters_refuse_what_cannot_work(stack: Stack) -> None:
 
 
 def test_outputs_are_what_the_next_commands_take(stack: Stack) -> None:
-    """The outputs name the cluster, the network, the registry, the database and its owner's secret as they are."""
+    """The outputs name the cluster, the network and the registry as they are."""
     platform = "linux/arm64" if "g." in stack.parameters["NodeInstanceType"] else "linux/amd64"
     assert stack.outputs == {
         "ClusterName": STACK,
@@ -232,8 +232,6 @@ def test_outputs_are_what_the_next_commands_take(stack: Stack) -> None:
         "VpcId": "Vpc",
         "RepositoryUri": "Repository.RepositoryUri",
         "ImagePlatform": platform,
-        "DatabaseEndpoint": "Database.Endpoint.Address",
-        "DatabaseSecretArn": "Database.MasterUserSecret.SecretArn",
     }
 
 
