@@ -19,7 +19,10 @@ Path = tuple[str | int, ...]
 
 PROSE = {"Description", "ConstraintDescription", "GroupDescription", "DBSubnetGroupDescription", "PolicyName", "Sid"}
 GONE: Any = object()
-ADMINISTRATOR = {"Fn::Sub": "arn:${AWS::Partition}:iam::aws:policy/AdministratorAccess"}
+MANAGED = [
+    {"Fn::Sub": f"arn:${{AWS::Partition}}:iam::aws:policy/{name}"}
+    for name in ("AdministratorAccess", "AmazonEKS_CNI_Policy", "AmazonSSMManagedInstanceCore")
+]
 EVERYTHING = {"Effect": "Allow", "Action": "*", "Resource": "*"}
 
 
@@ -64,8 +67,8 @@ def _statements(template: Template) -> Iterator[tuple[Path, Any]]:
 
 
 def something_is_gone(template: Template) -> Iterator[Fault]:
-    """A resource, a property, a condition, an item of a list."""
-    for path, _ in _sections(template, "Mappings", "Conditions", "Resources", "Outputs"):
+    """A parameter's limit, a resource, a property, a condition, an item of a list."""
+    for path, _ in _sections(template, "Parameters", "Mappings", "Conditions", "Resources", "Outputs"):
         yield _fault(template, path, GONE)
 
 
@@ -159,8 +162,10 @@ def a_role_has_more(template: Template) -> Iterator[Fault]:
         if resource["Type"] == "AWS::IAM::Role":
             path = ("Resources", name, "Properties")
             managed = resource["Properties"].get("ManagedPolicyArns", [])
-            yield _fault(template, (*path, "ManagedPolicyArns"), [*managed, ADMINISTRATOR])
-            yield _fault(template, (*path, "ManagedPolicyArns"), [ADMINISTRATOR])
+            for policy in MANAGED:
+                if policy not in managed:
+                    yield _fault(template, (*path, "ManagedPolicyArns"), [*managed, policy])
+                    yield _fault(template, (*path, "ManagedPolicyArns"), [policy])
             document = {"Version": "2012-10-17", "Statement": [EVERYTHING]}
             inline = resource["Properties"].get("Policies", [])
             yield _fault(template, (*path, "Policies"), [*inline, {"PolicyName": "more", "PolicyDocument": document}])
@@ -188,12 +193,8 @@ def a_parameter_is_lax(template: Template) -> Iterator[Fault]:
         yield _fault(template, (*path, "Default"), {"PublicAccessCidrs": "0.0.0.0/0"}.get(name, "another"))
         if "AllowedPattern" in parameter:
             yield _fault(template, (*path, "AllowedPattern"), ".*")
-            yield _fault(template, (*path, "AllowedPattern"), GONE)
         if "AllowedValues" in parameter:
-            yield _fault(template, (*path, "AllowedValues"), GONE)
             yield _fault(template, (*path, "AllowedValues", -1), "another")
-            for number in range(len(parameter["AllowedValues"])):
-                yield _fault(template, (*path, "AllowedValues", number), GONE)
 
 
 def what_people_do(template: Template) -> Iterator[Fault]:
@@ -222,6 +223,7 @@ def what_people_do(template: Template) -> Iterator[Fault]:
     lifecycle = ("Resources", "Repository", "Properties", "LifecyclePolicy", "LifecyclePolicyText")
     text = template["Resources"]["Repository"]["Properties"]["LifecyclePolicy"]["LifecyclePolicyText"]
     yield _fault(template, lifecycle, text.replace('"countNumber": 50', '"countNumber": 1'))
+    yield _fault(template, ("Parameters", "KubernetesVersion", "Default"), "1.99")
     yield _fault(template, ("Resources", "ClusterRole", "DependsOn"), "Nodes")
     yield _fault(template, ("Transform",), "AWS::Serverless-2016-10-31")
 

@@ -19,8 +19,13 @@ Properties = dict[str, Any]
 
 STACK, ACCOUNT = "messages", "123456789012"
 NAMES = ("Name", "LogGroupName", "DBInstanceIdentifier")  # properties that are a resource's own name
+# What may stand in a template, and in each entry of its sections.
 SECTIONS = {"AWSTemplateFormatVersion", "Description", "Parameters", "Mappings", "Conditions", "Resources", "Outputs"}
-ATTRIBUTES = {"Type", "Properties", "Condition", "DependsOn", "DeletionPolicy", "UpdateReplacePolicy"}
+ENTRIES = {
+    "Parameters": {"Type", "Description", "Default", "AllowedPattern", "AllowedValues", "ConstraintDescription"},
+    "Resources": {"Type", "Properties", "Condition", "DependsOn", "DeletionPolicy", "UpdateReplacePolicy"},
+    "Outputs": {"Description", "Value"},
+}
 
 
 class TemplateError(Exception):
@@ -44,8 +49,11 @@ class Stack:
     _under_way: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.template.keys() - SECTIONS:
-            raise TemplateError(f"not known here: {self.template.keys() - SECTIONS}")
+        unknown = self.template.keys() - SECTIONS
+        for section, known in ENTRIES.items():
+            unknown = unknown.union(*(entry.keys() - known for entry in self.template[section].values()))
+        if unknown:
+            raise TemplateError(f"not known here: {unknown}")
         self.parameters = parameter_values(self.template, self.given)
         for name, resource in self.template["Resources"].items():
             if "Condition" not in resource or self._condition(resource["Condition"]):
@@ -67,8 +75,6 @@ class Stack:
                 raise TemplateError(f"a circle: {self._under_way} and back to {name}")
             if resource is None or ("Condition" in resource and not self._condition(resource["Condition"])):
                 raise TemplateError(f"{name} is referred to, but does not exist")
-            if resource.keys() - ATTRIBUTES:
-                raise TemplateError(f"not known here: {resource.keys() - ATTRIBUTES} of {name}")
             self.waits_for[name] = set()
             self._under_way.append(name)
             for dependency in listed(resource.get("DependsOn", [])):

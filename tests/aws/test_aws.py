@@ -201,13 +201,20 @@ def test_kubernetes_version_is_one_that_the_manifests_are_checked_for(stack: Sta
 
 
 REFUSED = {
-    "PublicAccessCidrs": ["0.0.0.0/0", "203.0.113.7/32,0.0.0.0/0", "0.0.0.0/1,128.0.0.0/1", "203.0.113.7"],
+    "PublicAccessCidrs": [
+        "0.0.0.0/0",
+        "203.0.113.7/32,0.0.0.0/0",
+        "0.0.0.0/1,128.0.0.0/1",
+        "10.0.0.0/7",
+        "::/0",
+        "1.2.3.4",
+    ],
     "KubernetesVersion": ["1", "1.9", "2.36", "latest"],
     "NodeInstanceType": ["t2.nano", "m7i.xlarge"],
     "ZoneCount": ["1", "4"],
     "Zones": ["eu-central-1", "euc1-az1,euc1-az2"],
     "SingleNatGateway": ["yes", "maybe"],
-    "VpcCidr": ["8.8.0.0/16", "10.0.0.0/24", "172.32.0.0/16", "11.0.0.0/16"],
+    "VpcCidr": ["8.8.0.0/16", "10.0.0.0/8", "10.0.0.0/24", "172.32.0.0/16"],
     "DatabaseInstanceClass": ["db.t3.micro"],
     "DatabaseMultiAz": ["maybe"],
     "DatabaseSnapshot": ["last snapshot"],
