@@ -24,8 +24,10 @@ pytest.importorskip("botocore", reason="the extra `aws` is not installed: make .
 import botocore.session
 import yaml
 from botocore import xform_name
+from cfnlint.decode import cfn_yaml
 from k8s_rules import Manifest, Object, all_containers, configuration
 from kit import ROOT, reserve_port
+from resolver import STACK, Stack, parameter_values
 
 jmespath = pytest.importorskip("jmespath")  # it has no type hints
 
@@ -150,27 +152,36 @@ def check_pods(manifest: Manifest, folder: Path) -> None:
 
 def image(page: list[Command]) -> str:
     """The image that the page builds."""
-    (name,) = [
-        tag
-        for command in page
-        if command.words[0] == "docker"
-        for tag in command.option("-t") + command.option("--tag")
-    ]
+    (build,) = (command for command in page if {"docker", "build"} <= {*command.words[:3]})
+    (name,) = build.option("-t") + build.option("--tag")
     return name
 
 
 def test_what_is_asked_for_exists(page: list[Command]) -> None:
     """Deployments, Services, labels and paths on the page are those of k8s.yaml and of the trial database."""
     manifest = Manifest.read(ROOT / "k8s.yaml")
-    known = {f"{item['kind']}/{item['metadata']['name']}".lower() for item in manifest.objects} | {
-        "deployment/postgres"
-    }
+    known = {f"{item['kind']}/{item['metadata']['name']}".lower() for item in manifest.objects}
     labels = {"=".join(label) for name in SERVICES for label in manifest.pod(name)["metadata"]["labels"].items()}
     for command in (item for item in page if item.words[0] == "kubectl"):
-        assert {
-            word for word in command.words if re.fullmatch("(deployment|service|ingress)/[a-z0-9-]+", word)
-        } <= known
+        named = {word for word in command.words if re.fullmatch("(deployment|service|ingress)/[a-z0-9-]+", word)}
+        assert named <= known | {"deployment/postgres"}
         assert {*command.option("-l")} <= labels
+
+
+def test_stack_is_the_templates() -> None:
+    """Parameters, outputs and names on the page are those of the template, and each value is one that it takes."""
+    text = (ROOT / "docs/aws.md").read_text()
+    template = json.loads(json.dumps(cfn_yaml.load(str(ROOT / "aws/template.yaml"))))
+    required = {"PublicAccessCidrs": "203.0.113.7/32"}
+    given = re.findall(r"\b([A-Z][a-z]+[A-Za-z]*)=([\w.,/-]+)", text)
+    assert len(given) > 5
+    for name, value in given:
+        parameter_values(template, required | {name: value})
+    assert {*re.findall(r"\$\(output (\w+)\)", text)} <= template["Outputs"].keys()
+    stack = Stack(template, required, "eu-central-1")
+    (name,) = {*re.findall(r"--stack-name (\w+)", text)}
+    assert name == STACK == stack.resources["Database"]["DBInstanceIdentifier"]
+    assert f"--log-group-name {stack.resources['ClusterLogGroup']['LogGroupName']} " in text
 
 
 # What the AWS CLI adds to the services' own operations, with the options that the page may use.
