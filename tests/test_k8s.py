@@ -213,9 +213,6 @@ def test_settings(manifest: Manifest, servers: Servers, tmp_path: Path, name: st
     local = {variable for variable, default in defaults.items() if "localhost" in default}
     for container in all_containers(manifest.pod(name)):
         given = configuration(manifest, manifest.pod(name), container, tmp_path)
-        if "--apply-schema" in container["args"]:
-            assert given.pop("DB_OWNER")
-            assert given.pop("DB_OWNER_PASSWORD")
         assert given.keys() <= defaults.keys()
         assert given.keys() >= local
         assert "DB_PASSWORD" not in given
