@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,11 @@ def a_policy_says_more(template: Template) -> Iterator[Fault]:
             elif statement["Resource"] != "*":
                 yield _fault(template, (*here, "Resource"), "*")
                 yield _fault(template, (*here, "Resource"), [*_list(statement["Resource"]), "arn:aws:s3:::another"])
+            resources = _list(statement.get("Resource", []))
+            for resource in resources:
+                for wider in _wider(resource):
+                    others = [other for other in resources if other != resource]
+                    yield _fault(template, (*here, "Resource"), [*others, {"Fn::Sub": wider}])
             actions = _list(statement["Action"])
             services = {action.split(":")[0] for action in actions}
             for action in ("*", "iam:PassRole", "secretsmanager:GetSecretValue", *(f"{name}:*" for name in services)):
@@ -154,6 +160,12 @@ def a_policy_says_more(template: Template) -> Iterator[Fault]:
                     if operator != "Null":
                         yield _fault(template, (*here, "Condition"), {"StringLike": {key: "*"}})
                         yield _fault(template, (*here, "Condition"), {"StringEqualsIfExists": keys})
+
+
+def _wider(resource: Any) -> set[str]:
+    """An ARN, cut off at each of its parts and open from there."""
+    arn = resource.get("Fn::Sub", "") if isinstance(resource, dict) else ""
+    return {arn[: cut.end()] + "*" for cut in re.finditer("(?<!:)[:/](?!:)", arn)} - {arn}
 
 
 def a_role_has_more(template: Template) -> Iterator[Fault]:

@@ -60,10 +60,15 @@ def granted_by(statements: list[dict[str, Any]], call: Call) -> list[set[Part]]:
 
 
 def neighbours(call: Call) -> list[Call]:
-    """Calls that differ in one point: elsewhere, on something of another kind, without a tag, with another one."""
-    arn = call.resource.split(":", 5)
-    changes = ((3, "elsewhere"), (4, "999999999999"), (5, "another/kind")) if len(arn) == 6 else ((0, "another"),)
-    resources = [":".join([*arn[:place], value, *arn[place + 1 :]]) for place, value in changes if arn != ["*"]]
+    """Calls that differ in one point: in another region or account, for another resource, without a tag, with another.
+
+    A part of a resource's name in angle brackets, `security-group/<id>`, stands for any: it is not changed.
+    """
+    *arn, name = call.resource.split(":", 5)
+    path = name.split("/")
+    names = [[*path[:i], "another", *path[i + 1 :]] for i, part in enumerate(path) if part[0] not in "<*"]
+    resources = [":".join([*arn, "/".join(changed)]) for changed in names]
+    resources += [":".join([*arn[:i], "another", *arn[i + 1 :], name]) for i in (3, 4) if arn]
     contexts = [{key: call.context[key] for key in call.context if key != missing} for missing in call.context]
     contexts += [{**call.context, key: "another"} for key in call.context]
     return [

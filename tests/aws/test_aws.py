@@ -517,9 +517,9 @@ def test_programs_get_the_roles_made_for_them(stack: Stack) -> None:
 
 # ARNs of load balancing and of EC2, in the region and account of the stack.
 ELB, EC2 = (f"arn:aws:{service}:{REGIONS[0]}:{ACCOUNT}:" for service in ("elasticloadbalancing", "ec2"))
-BALANCER, TARGETS = f"{ELB}loadbalancer/app/k8s-messages/1", f"{ELB}targetgroup/k8s-messages/2"
-LISTENER, RULE = f"{ELB}listener/app/k8s-messages/1/3", f"{ELB}listener-rule/app/k8s-messages/1/3/4"
-GROUP = f"{EC2}security-group/sg-1"
+BALANCER, TARGETS = f"{ELB}loadbalancer/app/<name>/<id>", f"{ELB}targetgroup/<name>/<id>"
+LISTENER, RULE = f"{ELB}listener/app/<name>/<id>/<id>", f"{ELB}listener-rule/app/<name>/<id>/<id>/<id>"
+GROUP = f"{EC2}security-group/<id>"
 
 SERVICE = "elasticloadbalancing.amazonaws.com"
 TAG = "elbv2.k8s.aws/cluster"
@@ -560,7 +560,7 @@ CALLS: dict[str, list[Call]] = {
         ),
         Call(
             "iam:CreateServiceLinkedRole",
-            f"arn:aws:iam::{ACCOUNT}:role/aws-service-role/{SERVICE}/AWSServiceRoleForElasticLoadBalancing",
+            f"arn:aws:iam::{ACCOUNT}:role/aws-service-role/{SERVICE}/<name>",
             {"iam:AWSServiceName": SERVICE},
         ),
         # It makes what carries this cluster's tag, and tags what it makes ...
