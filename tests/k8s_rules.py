@@ -90,6 +90,18 @@ def selects(selector: Object, labels: dict[str, str]) -> bool:
     return wanted.items() <= labels.items()
 
 
+def killed_after(probe: Object) -> tuple[float, float]:
+    """For how many seconds a server may answer no probe without being killed, and after how many it is dead for sure.
+
+    The kubelet probes every `periodSeconds`, or later where a probe takes longer, and counts a probe as failed when
+    `timeoutSeconds` have passed. After `failureThreshold` failures in a row it sends SIGTERM, then SIGKILL. The silence
+    that kills soonest begins with a probe; the latest death is that of a server that stops just after answering one.
+    """
+    pace = max(probe["periodSeconds"], probe["timeoutSeconds"])
+    shortest = (probe["failureThreshold"] - 1) * pace + probe["timeoutSeconds"]
+    return shortest, probe["periodSeconds"] + shortest + probe["terminationGracePeriodSeconds"]
+
+
 # ---- network policies ------------------------------------------------------------------------------------------
 
 

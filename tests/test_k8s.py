@@ -7,12 +7,16 @@ copy of the file, and its test has to fail.
 import inspect
 import json
 import re
+import statistics
+import subprocess
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg2.errors
 import pytest
 from conftest import Start, close_all
 from k8s_rules import (
@@ -24,6 +28,7 @@ from k8s_rules import (
     amount,
     arrows,
     configuration,
+    killed_after,
     selects,
 )
 from kit import ROOT, memory
@@ -170,8 +175,10 @@ def test_image(manifest: Manifest, name: str) -> None:
 def test_probes(manifest: Manifest, servers: Servers, name: str) -> None:
     """A pod with nothing behind it stays alive; a message service without its database gets no traffic."""
     container = manifest.container(name)
-    for probe in (container[kind] for kind in PROBES):
-        assert probe.keys() == {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}
+    for kind in PROBES:
+        probe = container[kind]
+        grace = {"terminationGracePeriodSeconds"} if kind == "livenessProbe" else set()
+        assert probe.keys() == {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"} | grace
         assert probe["httpGet"]["port"] == container["ports"][0]["name"]
     answers = [servers.status(name, container[kind]["httpGet"]["path"]) for kind in PROBES]
     assert answers == [200, 200 if name == "gateway" else 503, 200]
@@ -179,6 +186,14 @@ def test_probes(manifest: Manifest, servers: Servers, name: str) -> None:
     assert readiness["timeoutSeconds"] > float(servers.defaults(name).get("DB_TIMEOUT", "0"))
     start = container["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] >= 30
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_frozen_server(manifest: Manifest, name: str) -> None:
+    """A frozen server is replaced within 25 s; one that is busy for 15 s at a stretch is left alone."""
+    shortest, longest = killed_after(manifest.container(name)["livenessProbe"])
+    assert longest < 25
+    assert shortest >= 15
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -193,7 +208,7 @@ def test_metrics(manifest: Manifest, servers: Servers, name: str) -> None:
 @pytest.mark.parametrize("name", SERVICES)
 def test_settings(manifest: Manifest, servers: Servers, tmp_path: Path, name: str) -> None:
     """A server reads every variable that it is given, and is given all whose default is of use on one machine only."""
-    manifest.objects.append(secret("database.example"))
+    manifest.objects += [secret("database.example"), owner_secret()]
     defaults = servers.defaults(name)
     local = {variable for variable, default in defaults.items() if "localhost" in default}
     for container in all_containers(manifest.pod(name)):
@@ -223,6 +238,17 @@ def test_resources(manifest: Manifest, servers: Servers, name: str) -> None:
         assert requests.keys() == limits.keys() == {"cpu", "memory"}
         assert all(0 < amount(requests[name]) <= amount(limits[name]) for name in requests)
         assert amount(limits["memory"]) > 1.5 * memory(servers.running[name].pid)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_cpu(manifest: Manifest, name: str) -> None:
+    """One pod alone carries 600 requests per second that share nothing before its autoscaler adds another."""
+    measurements = json.loads((ROOT / "benchmarks/results/bench.json").read_text())["measurements"]
+    alone = [item for item in measurements if item["system"] == "this" and item["connections"] == 1]
+    cores = 600 * statistics.median(item[f"cpu_{name.removeprefix('message-')}"] for item in alone) / 1e6
+    (metric,) = manifest.find("HorizontalPodAutoscaler", name)["spec"]["metrics"]
+    share = metric["resource"]["target"]["averageUtilization"] / 100
+    assert cores < share * amount(manifest.container(name)["resources"]["requests"]["cpu"])
 
 
 # ---- nothing is lost in a rollout ------------------------------------------------------------------------------
@@ -337,6 +363,8 @@ def test_network_policies(manifest: Manifest) -> None:
         ("Prometheus", "gateway", web),
         ("gateway", "message-service", message),
         ("Prometheus", "message-service", message),
+        # By port: who is at the other end is not for these policies to say.
+        *(("gateway", peer.name, message) for peer in peers if peer not in home),
         *(("message-service", peer.name, postgres) for peer in peers if peer not in home),
         *(
             (pod.name, dns, (protocol, 53))
@@ -383,6 +411,31 @@ def secret(host: str, password: str = "a password") -> Object:
     return {"kind": "Secret", "metadata": metadata, "stringData": {"DB_HOST": host, "DB_PASSWORD": password}}
 
 
+def owner_secret(owner: str = "postgres", password: str = "the owner's") -> Object:
+    """What `kubectl create secret generic database-owner` makes."""
+    metadata = {"name": "database-owner", "namespace": "messages"}
+    data = {"DB_OWNER": owner, "DB_OWNER_PASSWORD": password}
+    return {"kind": "Secret", "metadata": metadata, "stringData": data}
+
+
+def test_owner(manifest: Manifest, tmp_path: Path) -> None:
+    """The database's owner is known to the init container alone, and pods start without that Secret, too."""
+    manifest.objects.append(secret("database.example"))
+    pods = [(manifest.pod(name), container) for name in SERVICES for container in all_containers(manifest.pod(name))]
+    for pod, container in pods:
+        assert not any("OWNER" in name for name in configuration(manifest, pod, container, tmp_path))
+    manifest.objects.append(owner_secret())
+    knowing = [
+        container["name"]
+        for pod, container in pods
+        if any("OWNER" in name for name in configuration(manifest, pod, container, tmp_path))
+    ]
+    assert knowing == ["schema"]
+    assert manifest.find("ConfigMap", "message-service")["data"]["DB_USER"] != "postgres"
+    for name in SERVICES:
+        assert "database-owner" not in str(manifest.pod(name)["spec"].get("volumes"))
+
+
 def test_missing_secret(manifest: Manifest, tmp_path: Path) -> None:
     """Without the Secret, or one of its keys, an event names what is missing, and no container starts to fail."""
     pod = manifest.pod("message-service")
@@ -409,14 +462,33 @@ def test_rotation(manifest: Manifest) -> None:
     assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
 
 
-async def test_pods_run(manifest: Manifest, tmp_path: Path, empty_database: Database, start: Start) -> None:
-    """Applied with an empty database without TLS: the table is made, all pods get ready, and the message comes."""
-    use(manifest, empty_database)
+def apply_schema(manifest: Manifest, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run what the init container runs."""
     pod = manifest.pod("message-service")
     (schema,) = pod["spec"]["initContainers"]
-    settings: dict[str, Any] = {**configuration(manifest, pod, schema, tmp_path)}
-    done = run("-m", *schema["args"], **settings)
+    settings: dict[str, Any] = {**configuration(manifest, pod, schema, folder)}
+    return run("-m", *schema["args"], **settings)
+
+
+@pytest.fixture
+def reader(empty_database: Database) -> Iterator[str]:
+    """The name of a role that does not exist; at the end there is none again."""
+    name = f"messages_{uuid.uuid4().hex[:12]}"
+    yield name
+    if empty_database.sql("SELECT FROM pg_roles WHERE rolname = %s", name):
+        empty_database.terminate_backends()
+        empty_database.sql(f"DROP OWNED BY {name}")
+        empty_database.sql(f"DROP ROLE {name}")
+
+
+async def test_pods_run(
+    manifest: Manifest, tmp_path: Path, empty_database: Database, reader: str, start: Start
+) -> None:
+    """Applied with an empty database without TLS: role and table are made, all pods get ready, the message comes."""
+    use(manifest, empty_database, reader)
+    done = apply_schema(manifest, tmp_path)
     assert done.returncode == 0, done.stderr
+    pod = manifest.pod("message-service")
     container = manifest.container("message-service")
     service = await start(*container["args"], **configuration(manifest, pod, container, tmp_path))
     container = manifest.container("gateway")
@@ -431,9 +503,34 @@ async def test_pods_run(manifest: Manifest, tmp_path: Path, empty_database: Data
         running.kill()  # it would drain for long
 
 
+def test_reader_may_only_read(manifest: Manifest, tmp_path: Path, empty_database: Database, reader: str) -> None:
+    """The role that the services log in as can read the messages, and cannot change them or make a table."""
+    use(manifest, empty_database, reader)
+    assert apply_schema(manifest, tmp_path).returncode == 0
+    role = Database(empty_database.name, reader, READER_PASSWORD, empty_database.host, empty_database.port)
+    assert role.sql("SELECT content FROM messages")
+    for statement in ("UPDATE messages SET content = ''", "DELETE FROM messages", "CREATE TABLE more ()"):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            role.sql(statement)
+    role.close()
+
+
+def test_later_rollouts_need_no_owner(
+    manifest: Manifest, tmp_path: Path, empty_database: Database, reader: str
+) -> None:
+    """After the first rollout the init container succeeds with a stale password of the owner, and without any."""
+    use(manifest, empty_database, reader)
+    assert apply_schema(manifest, tmp_path).returncode == 0
+    owner = manifest.find("Secret", "database-owner")
+    owner["stringData"]["DB_OWNER_PASSWORD"] = "stale"
+    assert apply_schema(manifest, tmp_path).returncode == 0
+    manifest.objects.remove(owner)
+    assert apply_schema(manifest, tmp_path).returncode == 0
+
+
 async def test_database_ca(manifest: Manifest, tmp_path: Path, database: Database, start: Start) -> None:
     """With the ConfigMap `database-ca` the message service insists on TLS: a database without it is not used."""
-    use(manifest, database)
+    use(manifest, database)  # as its owner, so that nothing but TLS is in the way
     pod, container = manifest.pod("message-service"), manifest.container("message-service")
     data = {"ca.pem": "", "DB_SSLMODE": "verify-full", "DB_SSLROOTCERT": "/etc/database-ca/ca.pem"}
     metadata = {"name": "database-ca", "namespace": "messages"}
@@ -444,10 +541,17 @@ async def test_database_ca(manifest: Manifest, tmp_path: Path, database: Databas
     service.kill()
 
 
-def use(manifest: Manifest, database: Database) -> None:
-    """What an operator does for a database: make the Secret, and adapt the ConfigMap where it differs."""
+READER_PASSWORD = "2f5e9c0b8a"
+
+
+def use(manifest: Manifest, database: Database, reader: str = "") -> None:
+    """What an operator does for a database: make the Secrets, and adapt the ConfigMap where it differs."""
     settings = {name: str(value) for name, value in database.settings().items()}
-    manifest.objects.append(secret(settings.pop("DB_HOST"), settings.pop("DB_PASSWORD", "")))
+    owner, password = settings["DB_USER"], settings.pop("DB_PASSWORD", "")
+    if reader:
+        settings["DB_USER"] = reader
+        manifest.objects.append(owner_secret(owner, password))
+    manifest.objects.append(secret(settings.pop("DB_HOST"), READER_PASSWORD if reader else password))
     manifest.find("ConfigMap", "message-service")["data"].update(settings)
 
 
@@ -489,6 +593,11 @@ FAULTS: list[tuple[Callable[..., None], str, str, Any]] = [
     (test_probes, "Deployment/message-service", f"{MAIN} readinessProbe timeoutSeconds", 1),
     (test_probes, "Deployment/gateway", f"{MAIN} livenessProbe httpGet port", "web"),
     (test_probes, "Deployment/gateway", f"{MAIN} startupProbe failureThreshold", 3),
+    (test_frozen_server, "Deployment/gateway", f"{MAIN} livenessProbe terminationGracePeriodSeconds", GONE),
+    (test_frozen_server, "Deployment/gateway", f"{MAIN} livenessProbe periodSeconds", 10),
+    (test_frozen_server, "Deployment/gateway", f"{MAIN} livenessProbe timeoutSeconds", 2),
+    (test_frozen_server, "Deployment/message-service", f"{MAIN} livenessProbe failureThreshold", 2),
+    (test_frozen_server, "Deployment/message-service", f"{MAIN} livenessProbe failureThreshold", 4),
     (test_metrics, "Deployment/gateway", "spec template metadata annotations prometheus.io/port", "8001"),
     (test_metrics, "Deployment/gateway", "spec template metadata annotations prometheus.io/path", "/metric"),
     (test_settings, "ConfigMap/gateway", "data DOWNSTREAM", "http://message-service:8001"),
@@ -504,6 +613,8 @@ FAULTS: list[tuple[Callable[..., None], str, str, Any]] = [
     (test_resources, "Deployment/gateway", f"{MAIN} resources limits memory", "32Mi"),
     (test_resources, "Deployment/gateway", f"{MAIN} resources requests memory", "512Mi"),
     (test_resources, "Deployment/gateway", f"{MAIN} resources requests cpu", GONE),
+    (test_cpu, "Deployment/message-service", f"{MAIN} resources requests cpu", "100m"),
+    (test_cpu, "HorizontalPodAutoscaler/gateway", "spec metrics 0 resource target averageUtilization", 40),
     (test_rollout, "Deployment/gateway", "spec replicas", 2),
     (test_rollout, "Deployment/gateway", "spec strategy type", "Recreate"),
     (test_rollout, "Deployment/gateway", "spec strategy rollingUpdate maxUnavailable", "25%"),
@@ -551,7 +662,8 @@ FAULTS: list[tuple[Callable[..., None], str, str, Any]] = [
     (test_network_policies, "NetworkPolicy/gateway", "spec ingress 0 from 0 ipBlock cidr", "0.0.0.0/0"),
     (test_network_policies, "NetworkPolicy/gateway", "spec ingress 0 ports", GONE),
     (test_network_policies, "NetworkPolicy/gateway", "spec ingress 1", GONE),
-    (test_network_policies, "NetworkPolicy/gateway", "spec egress 0 to", GONE),
+    (test_network_policies, "NetworkPolicy/gateway", "spec egress 0 to", [{"podSelector": {"matchLabels": LABELS}}]),
+    (test_network_policies, "NetworkPolicy/gateway", "spec egress 0 ports", GONE),
     (test_network_policies, "NetworkPolicy/gateway", "spec egress 0 ports 0 port", 8000),
     (test_network_policies, "NetworkPolicy/message-service", "spec ingress 0 from 0", GONE),
     (test_network_policies, "NetworkPolicy/message-service", "spec ingress 0 from 0 namespaceSelector", {}),
@@ -576,6 +688,15 @@ FAULTS: list[tuple[Callable[..., None], str, str, Any]] = [
     (test_missing_secret, "Deployment/message-service", f"{POD} volumes 0 secret optional", True),
     (test_missing_secret, "Deployment/message-service", f"{POD} volumes 0 secret items", []),
     (test_missing_secret, "Deployment/message-service", f"{INIT} env 0 valueFrom secretKeyRef optional", True),
+    (test_owner, "Deployment/message-service", f"{INIT} envFrom 1 secretRef optional", False),
+    (test_owner, "Deployment/message-service", f"{INIT} envFrom 1", GONE),
+    (
+        test_owner,
+        "Deployment/message-service",
+        f"{MAIN} envFrom",
+        [{"secretRef": {"name": "database-owner", "optional": True}}],
+    ),
+    (test_owner, "ConfigMap/message-service", "data DB_USER", "postgres"),
     (test_rotation, "Deployment/message-service", f"{MAIN} volumeMounts 0 subPath", "DB_PASSWORD"),
     (test_rotation, "Deployment/message-service", f"{POD} volumes 0 secret defaultMode", 0o400),
     (test_rotation, "Deployment/message-service", f"{POD} securityContext fsGroup", 0),
@@ -608,5 +729,5 @@ def test_a_fault_is_seen(
     name = "message-service" if "message-service" in item else "gateway"
     fixtures = {"manifest": manifest, "servers": servers, "tmp_path": tmp_path, "name": name}
     wanted = inspect.signature(test).parameters
-    with pytest.raises((AssertionError, LookupError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, LookupError, NotStarted, pytest.fail.Exception)):
         test(**{parameter: fixtures[parameter] for parameter in wanted})

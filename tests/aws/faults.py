@@ -1,286 +1,257 @@
-"""Deliberate faults for aws/template.yaml: each is one change that a person could make and a reviewer could miss.
+"""Faults for aws/template.yaml, made mechanically: each differs from the template in one place, and is wrong.
 
-A fault says where in the template it goes (a path of keys, `/` between them, numbers for items of a list) and what the
-value becomes; `GONE` takes the key or the item away. The names of resources are the template's: a path that leads
-nowhere is an error, so that no fault is silently without effect.
+A kind of fault is a function that yields a changed template for every place where it can happen. So whatever the
+template comes to say is tried out too. Prose (descriptions, names of statements) is left alone.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cfnlint.schema.manager import PROVIDER_SCHEMA_MANAGER
 
-class _Gone:
-    pass
+Template = dict[str, Any]
+Path = tuple[str | int, ...]
 
-
-GONE = _Gone()
+PROSE = {"Description", "ConstraintDescription", "GroupDescription", "DBSubnetGroupDescription", "PolicyName", "Sid"}
+GONE: Any = object()
+MANAGED = [
+    {"Fn::Sub": f"arn:${{AWS::Partition}}:iam::aws:policy/{name}"}
+    for name in ("AdministratorAccess", "AmazonEKS_CNI_Policy", "AmazonSSMManagedInstanceCore")
+]
+EVERYTHING = {"Effect": "Allow", "Action": "*", "Resource": "*"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One or more changes that together make one fault."""
-
     name: str
-    changes: tuple[tuple[str, Any], ...]
+    template: Template
 
-    def put_into(self, template: dict[str, Any]) -> None:
-        """Change the template in place. Raises KeyError or IndexError where a path leads nowhere."""
-        for path, value in self.changes:
-            *parents, last = path.split("/")
-            place: Any = template
-            for key in parents:
-                place = place[int(key)] if isinstance(place, list) else place[key]
-            if value is GONE:
-                del place[int(last) if isinstance(place, list) else last]
-            elif isinstance(place, list):
-                place[int(last) : int(last) + 1] = [value]
+
+def _fault(template: Template, path: Path, value: Any) -> Fault:
+    """The template with another value at a place: GONE takes it away, the index -1 of a list appends."""
+    changed: Any = copy.copy(template)
+    place = changed
+    for key in path[:-1]:
+        place[key] = copy.copy(place[key])
+        place = place[key]
+    if value is GONE:
+        del place[path[-1]]
+    elif path[-1] == -1:
+        place.append(value)
+    else:
+        place[path[-1]] = value
+    return Fault(f"{'/'.join(map(str, path))}: {'gone' if value is GONE else value}", changed)
+
+
+def _places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every place in a value that is not prose, with what stands there."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if key not in PROSE:
+            yield (*path, key), item
+            if isinstance(item, dict | list):
+                yield from _places(item, (*path, key))
+
+
+def _sections(template: Template, *names: str) -> Iterator[tuple[Path, Any]]:
+    return itertools.chain.from_iterable(_places(template[name], (name,)) for name in names)
+
+
+def _statements(template: Template) -> Iterator[tuple[Path, Any]]:
+    """Every list of statements: of trusts, of roles and of keys."""
+    return ((path, item) for path, item in _sections(template, "Resources") if path[-1] == "Statement")
+
+
+def something_is_gone(template: Template) -> Iterator[Fault]:
+    """A parameter's limit, a resource, a property, a condition, an item of a list."""
+    for path, _ in _sections(template, "Parameters", "Mappings", "Conditions", "Resources", "Outputs"):
+        yield _fault(template, path, GONE)
+
+
+def a_value_is_wrong(template: Template) -> Iterator[Fault]:
+    """Another number, word or truth, in every place."""
+    for path, value in _sections(template, *template.keys() - {"AWSTemplateFormatVersion", "Description"}):
+        if isinstance(value, bool):
+            yield _fault(template, path, not value)
+        elif isinstance(value, int) and path[-2:] != ("Fn::Cidr", 1):  # how many ranges are listed; six are used
+            yield _fault(template, path, value + 1)
+        elif isinstance(value, str):
+            yield _fault(template, path, f"{int(value) + 1}" if value.isdigit() else f"{value}x")
+
+
+def another_is_meant(template: Template) -> Iterator[Fault]:
+    """A reference leads to another resource or parameter of the same type, or a function takes the other branch."""
+    types = {name: item["Type"] for section in ("Resources", "Parameters") for name, item in template[section].items()}
+    for path, value in _sections(template, "Conditions", "Resources", "Outputs"):
+        for name in types:
+            other: Any
+            if isinstance(value, str) and (path[-1] in ("Ref", "DependsOn") or path[-2:-1] == ("DependsOn",)):
+                meant, other = value, name
+            elif path[-1] == "Fn::GetAtt":
+                meant, other = value[0], [name, value[1]]
             else:
-                place[last] = value
+                break
+            if name != meant and types[name] == types.get(meant):
+                yield _fault(template, path, other)
+        if path[-1] == "Fn::If":
+            yield _fault(template, path, [value[0], value[2], value[1]])
 
 
-def _fault(name: str, *changes: Any) -> Fault:
-    return Fault(name, tuple(zip(changes[::2], changes[1::2], strict=True)))
+def a_property_more(template: Template) -> Iterator[Fault]:
+    """A property that the service knows and the template does not use, on every level."""
+    for name, resource in template["Resources"].items():
+        schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("us-east-1", resource["Type"]).schema
+        yield from _more(template, ("Resources", name, "Properties"), resource["Properties"], schema, schema)
 
 
-def _of(resource: str, path: str) -> str:
-    return f"Resources/{resource}/Properties/{path.replace('.', '/')}"
+def _more(template: Template, path: Path, value: Any, schema: Any, whole: Any) -> Iterator[Fault]:
+    while "$ref" in schema:
+        schema = whole["definitions"][schema["$ref"].rpartition("/")[2]]
+    samples = {"boolean": True, "integer": 1, "number": 1, "array": ["x"], "object": {"x": "x"}}
+    if isinstance(value, dict):
+        for key, inner in schema.get("properties", {}).items():
+            if key in value:
+                yield from _more(template, (*path, key), value[key], inner, whole)
+            elif f"/properties/{key}" not in whole.get("readOnlyProperties", []):
+                yield _fault(template, (*path, key), samples.get(str(inner.get("type")), "x"))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _more(template, (*path, number), item, schema.get("items", {}), whole)
 
 
-_CONTROLLER = _of("LoadBalancerControllerRole", "Policies.0.PolicyDocument.Statement")
-_CHANGE_OWN, _TAG, _RETAG = f"{_CONTROLLER}/4", f"{_CONTROLLER}/3", f"{_CONTROLLER}/5"
-_TRUST = "AssumeRolePolicyDocument.Statement.0"
-_FIRST_ZONE = {"Fn::Select": [0, {"Fn::GetAZs": ""}]}
-_WORLD = {"IpProtocol": "tcp", "FromPort": 5432, "ToPort": 5432, "CidrIp": "0.0.0.0/0"}
+def a_policy_says_more(template: Template) -> Iterator[Fault]:
+    """A statement that allows, refuses or trusts more than is needed."""
+    for path, statements in _statements(template):
+        trust = "Principal" in statements[0]
+        for more in (EVERYTHING, {**EVERYTHING, "Effect": "Deny"}):
+            yield _fault(template, (*path, -1), {**more, "Principal": "*"} if trust else more)
+        for number, statement in enumerate(statements):
+            here = (*path, number)
+            without_condition = {key: value for key, value in statement.items() if key != "Condition"}
+            if "Condition" in statement:
+                yield _fault(template, here, without_condition)
+                yield _fault(template, (*path, -1), without_condition)
+            yield _fault(template, (*here, "Effect"), "Deny")
+            yield _fault(template, (*path, -1), {**statement, "Effect": "Deny"})
+            if trust:
+                for principal in ("*", {"AWS": "*"}, {**statement["Principal"], "AWS": "*"}):
+                    yield _fault(template, (*here, "Principal"), principal)
+            elif statement["Resource"] != "*":
+                yield _fault(template, (*here, "Resource"), "*")
+                yield _fault(template, (*here, "Resource"), [*_list(statement["Resource"]), "arn:aws:s3:::another"])
+            resources = _list(statement.get("Resource", []))
+            for resource in resources:
+                for wider in _wider(resource):
+                    others = [other for other in resources if other != resource]
+                    yield _fault(template, (*here, "Resource"), [*others, {"Fn::Sub": wider}])
+            actions = _list(statement["Action"])
+            services = {action.split(":")[0] for action in actions}
+            for action in ("*", "iam:PassRole", "secretsmanager:GetSecretValue", *(f"{name}:*" for name in services)):
+                if action not in actions:
+                    yield _fault(template, (*here, "Action"), [*actions, action])
+            for operator, keys in statement.get("Condition", {}).items():
+                for key, value in keys.items():
+                    yield _fault(template, (*here, "Condition", operator, key), [*_list(value), "another"])
+                    if operator != "Null":
+                        yield _fault(template, (*here, "Condition"), {"StringLike": {key: "*"}})
+                        yield _fault(template, (*here, "Condition"), {"StringEqualsIfExists": keys})
 
-FAULTS = [
-    # network
-    _fault(
-        "one zone only",
-        _of("PublicSubnet2", "AvailabilityZone"),
-        _FIRST_ZONE,
-        _of("PrivateSubnet2", "AvailabilityZone"),
-        _FIRST_ZONE,
-    ),
-    _fault(
-        "private subnet in another zone than its public one", _of("PrivateSubnet2", "AvailabilityZone"), _FIRST_ZONE
-    ),
-    _fault(
-        "named zones ignored",
-        _of("PublicSubnet2", "AvailabilityZone"),
-        {"Fn::Select": [1, {"Fn::GetAZs": ""}]},
-        _of("PrivateSubnet2", "AvailabilityZone"),
-        {"Fn::Select": [1, {"Fn::GetAZs": ""}]},
-    ),
-    _fault("ELB tag missing", _of("PublicSubnet1", "Tags.1"), GONE),
-    _fault("ELB tag misspelt", _of("PublicSubnet3", "Tags.1.Key"), "kubernetes.io/role/elbs"),
-    _fault(
-        "internal ELB tag on a public subnet", _of("PublicSubnet2", "Tags.1.Key"), "kubernetes.io/role/internal-elb"
-    ),
-    _fault("NAT gateway in a private subnet", _of("NatGateway1", "SubnetId"), {"Ref": "PrivateSubnet1"}),
-    _fault("NAT gateways share an address", _of("NatGateway2", "SubnetId"), {"Ref": "PublicSubnet1"}),
-    _fault("zone leaves through another zone's NAT", _of("PrivateRoute3", "NatGatewayId"), {"Ref": "NatGateway1"}),
-    _fault("private subnet without a way out", "Resources/PrivateRoute2", GONE),
-    _fault(
-        "private subnet with the public routes",
-        _of("PrivateRouteTableAssociation1", "RouteTableId"),
-        {"Ref": "PublicRouteTable"},
-    ),
-    _fault("public subnet on the main route table", "Resources/PublicRouteTableAssociation2", GONE),
-    _fault(
-        "subnets overlap",
-        _of("PrivateSubnet2", "CidrBlock"),
-        {"Fn::Select": [3, {"Fn::Cidr": [{"Fn::GetAtt": ["Vpc", "CidrBlock"]}, 16, 12]}]},
-    ),
-    _fault(
-        "private subnet too small for its pods",
-        _of("PrivateSubnet2", "CidrBlock"),
-        {"Fn::Select": [100, {"Fn::Cidr": [{"Fn::GetAtt": ["Vpc", "CidrBlock"]}, 128, 8]}]},
-    ),
-    _fault(
-        "two subnets of one name", _of("PrivateSubnet2", "Tags.0.Value"), {"Fn::Sub": "${AWS::StackName}-private-1"}
-    ),
-    _fault("public addresses by default", _of("PublicSubnet1", "MapPublicIpOnLaunch"), True),
-    _fault("no DNS host names", _of("Vpc", "EnableDnsHostnames"), False),
-    _fault("flow logs of accepted traffic only", _of("FlowLog", "TrafficType"), "ACCEPT"),
-    _fault("flow logs gone", "Resources/FlowLog", GONE),
-    _fault("flow logs kept for ever", _of("FlowLogGroup", "RetentionInDays"), GONE),
-    _fault(
-        "flow log role trusts another service", _of("FlowLogRole", f"{_TRUST}.Principal.Service"), "ec2.amazonaws.com"
-    ),
-    _fault("address before the gateway", "Resources/NatAddress1/DependsOn", GONE),
-    _fault("S3 endpoint without a private table", _of("S3Endpoint", "RouteTableIds.1"), GONE),
-    # cluster
-    _fault(
-        "cluster open by default",
-        "Parameters/PublicAccessCidrs/Default",
-        "0.0.0.0/0",
-        "Parameters/PublicAccessCidrs/AllowedPattern",
-        GONE,
-    ),
-    _fault(
-        "cluster open whatever the parameter", _of("Cluster", "ResourcesVpcConfig.PublicAccessCidrs"), ["0.0.0.0/0"]
-    ),
-    _fault("no private endpoint", _of("Cluster", "ResourcesVpcConfig.EndpointPrivateAccess"), False),
-    _fault(
-        "control plane in public subnets", _of("Cluster", "ResourcesVpcConfig.SubnetIds.0"), {"Ref": "PublicSubnet1"}
-    ),
-    _fault("aws-auth ConfigMap accepted", _of("Cluster", "AccessConfig.AuthenticationMode"), "API_AND_CONFIG_MAP"),
-    _fault(
-        "nobody can enter the cluster", _of("Cluster", "AccessConfig.BootstrapClusterCreatorAdminPermissions"), False
-    ),
-    _fault("secrets in clear in etcd", _of("Cluster", "EncryptionConfig"), GONE),
-    _fault("key never rotates", _of("ClusterKey", "EnableKeyRotation"), False),
-    _fault("no audit log", _of("Cluster", "Logging.ClusterLogging.EnabledTypes.1"), GONE),
-    _fault("log group made by EKS", "Resources/Cluster/DependsOn", GONE),
-    _fault("extended support at six times the price", _of("Cluster", "UpgradePolicy.SupportType"), "EXTENDED"),
-    _fault("nodes stay behind at the next upgrade", _of("Nodes", "Version"), GONE),
-    _fault("wrong trust of the cluster role", _of("ClusterRole", f"{_TRUST}.Principal.Service"), "ec2.amazonaws.com"),
-    _fault("AMI of the wrong architecture", "Mappings/Node/m7g.large/AmiType", "AL2023_x86_64_STANDARD"),
-    _fault("AMI type fixed", _of("Nodes", "AmiType"), "AL2023_ARM_64_STANDARD"),
-    _fault("retired AMI type", "Mappings/Node/m7i.large/AmiType", "AL1_x86_64"),
-    _fault("nodes in a public subnet", _of("Nodes", "Subnets.0"), {"Ref": "PublicSubnet1"}),
-    _fault("nodes not in every zone", _of("Nodes", "Subnets.2"), GONE),
-    _fault("a single node", _of("Nodes", "ScalingConfig.MinSize"), 1),
-    _fault(
-        "pods can take the node's role",
-        _of("NodeLaunchTemplate", "LaunchTemplateData.MetadataOptions.HttpPutResponseHopLimit"),
-        2,
-    ),
-    _fault(
-        "metadata without a token",
-        _of("NodeLaunchTemplate", "LaunchTemplateData.MetadataOptions.HttpTokens"),
-        "optional",
-    ),
-    _fault(
-        "disk of the nodes in clear",
-        _of("NodeLaunchTemplate", "LaunchTemplateData.BlockDeviceMappings.0.Ebs.Encrypted"),
-        False,
-    ),
-    _fault("nodes before their network", "Resources/Nodes/DependsOn/0", GONE),
-    _fault("CoreDNS before nodes", "Resources/DnsAddon/DependsOn", GONE),
-    _fault("network policies not enforced", _of("NetworkAddon", "ConfigurationValues"), GONE),
-    _fault("no metrics for the autoscalers", "Resources/MetricsAddon", GONE),
-    _fault("no Pod Identity agent", "Resources/PodIdentityAddon", GONE, "Resources/Nodes/DependsOn/2", GONE),
-    # identities
-    _fault("sts:TagSession missing", _of("LoadBalancerControllerRole", f"{_TRUST}.Action"), ["sts:AssumeRole"]),
-    _fault("any pod may be the controller", _of("LoadBalancerControllerRole", f"{_TRUST}.Condition"), GONE),
-    _fault("misspelt IAM action", f"{_CHANGE_OWN}/Action/15", "elasticloadbalancing:RegisterTarget"),
-    _fault("IAM action missing", f"{_CHANGE_OWN}/Action/15", GONE),
-    _fault("IAM action misspelt that others need", f"{_CONTROLLER}/0/Action/2", "ec2:DescribeAccountAttribute"),
-    _fault("controller may do everything with load balancers", f"{_CHANGE_OWN}/Action", "elasticloadbalancing:*"),
-    _fault("controller may change any load balancer", f"{_CHANGE_OWN}/Condition", GONE),
-    _fault(
-        "controller may change any cluster's load balancer",
-        f"{_CHANGE_OWN}/Condition/StringEquals",
-        {"aws:ResourceTag/elbv2.k8s.aws/cluster": "other"},
-    ),
-    _fault(
-        "controller may make others' load balancers its own",
-        f"{_TAG}/Condition/StringEquals/elasticloadbalancing:CreateAction",
-        GONE,
-    ),
-    _fault("controller may take over tags", f"{_RETAG}/Condition/Null", GONE),
-    _fault("controller may open any security group", f"{_CONTROLLER}/11/Resource", "*"),
-    _fault(
-        "identity for a misspelt service account",
-        _of("LoadBalancerControllerIdentity", "ServiceAccount"),
-        "aws-loadbalancer-controller",
-    ),
-    _fault(
-        "secret reader reads all secrets",
-        _of("SecretReaderRole", "Policies.0.PolicyDocument.Statement.0.Resource"),
-        "*",
-    ),
-    _fault(
-        "node role is administrator",
-        _of("NodeRole", "ManagedPolicyArns.0"),
-        {"Fn::Sub": "arn:${AWS::Partition}:iam::aws:policy/AdministratorAccess"},
-    ),
-    _fault(
-        "managed policy that does not exist",
-        _of("NodeRole", "ManagedPolicyArns.1"),
-        {"Fn::Sub": "arn:${AWS::Partition}:iam::aws:policy/AmazonEC2ContainerRegistryReadOnlyy"},
-    ),
-    _fault(
-        "network permissions on the node role",
-        _of("NodeRole", "ManagedPolicyArns.1"),
-        {"Fn::Sub": "arn:${AWS::Partition}:iam::aws:policy/AmazonEKS_CNI_Policy"},
-    ),
-    # database
-    _fault("5432 open to the world", _of("DatabaseSecurityGroup", "SecurityGroupIngress.0"), _WORLD),
-    _fault(
-        "5432 open to the whole VPC",
-        _of("DatabaseSecurityGroup", "SecurityGroupIngress.0"),
-        {**_WORLD, "CidrIp": {"Fn::GetAtt": ["Vpc", "CidrBlock"]}},
-    ),
-    _fault("all ports from the cluster", _of("DatabaseSecurityGroup", "SecurityGroupIngress.0.FromPort"), 0),
-    _fault(
-        "wrong port",
-        _of("DatabaseSecurityGroup", "SecurityGroupIngress.0.FromPort"),
-        3306,
-        _of("DatabaseSecurityGroup", "SecurityGroupIngress.0.ToPort"),
-        3306,
-    ),
-    _fault("database may call out", _of("DatabaseSecurityGroup", "SecurityGroupEgress"), GONE),
-    _fault("database in the default security group", _of("Database", "VPCSecurityGroups"), GONE),
-    _fault(
-        "database in public subnets",
-        _of("DatabaseSubnets", "SubnetIds"),
-        [{"Ref": "PublicSubnet1"}, {"Ref": "PublicSubnet2"}],
-    ),
-    _fault("database in one zone", _of("DatabaseSubnets", "SubnetIds"), [{"Ref": "PrivateSubnet1"}]),
-    _fault("database publicly accessible", _of("Database", "PubliclyAccessible"), True),
-    _fault("storage in clear", _of("Database", "StorageEncrypted"), False),
-    _fault(
-        "encrypted with a key that goes with the stack",
-        _of("Database", "KmsKeyId"),
-        {"Fn::GetAtt": ["ClusterKey", "Arn"]},
-    ),
-    _fault("parameter family of another version", _of("DatabaseParameters", "Family"), "postgres14"),
-    _fault("engine version that does not exist", _of("Database", "EngineVersion"), "15.99"),
-    _fault("engine of another major version", _of("Database", "EngineVersion"), "16.9"),
-    _fault("retired engine version", _of("Database", "EngineVersion"), "15.4"),
-    _fault("another engine", _of("Database", "Engine"), "mysql"),
-    _fault("TLS not required", _of("DatabaseParameters", "Parameters"), {"rds.force_ssl": "0"}),
-    _fault(
-        "password in the template",
-        _of("Database", "ManageMasterUserPassword"),
-        GONE,
-        _of("Database", "MasterUserPassword"),
-        "correct-horse",
-    ),
-    _fault("no standby by default", "Parameters/DatabaseMultiAz/Default", "false"),
-    _fault("no standby whatever the parameter", _of("Database", "MultiAZ"), False),
-    _fault("no deletion policy", "Resources/Database/DeletionPolicy", GONE),
-    _fault("lost on replacement", "Resources/Database/UpdateReplacePolicy", "Delete"),
-    _fault("no deletion protection", _of("Database", "DeletionProtection"), False),
-    _fault("backups of one day", _of("Database", "BackupRetentionPeriod"), 1),
-    _fault("backups deleted with the database", _of("Database", "DeleteAutomatedBackups"), True),
-    _fault("storage does not grow", _of("Database", "MaxAllocatedStorage"), GONE),
-    _fault("major upgrades by themselves", _of("Database", "AllowMajorVersionUpgrade"), True),
-    _fault("logs stay on the instance", _of("Database", "EnableCloudwatchLogsExports"), GONE),
-    _fault("log of another engine", _of("Database", "EnableCloudwatchLogsExports.0"), "slowquery"),
-    _fault("no Performance Insights", _of("Database", "EnablePerformanceInsights"), False),
-    _fault("another database name", _of("Database", "DBName"), "messages"),
-    _fault(
-        "instance class that does not exist",
-        "Parameters/DatabaseInstanceClass/Default",
-        "db.t4g.mediun",
-        "Parameters/DatabaseInstanceClass/AllowedValues/1",
-        "db.t4g.mediun",
-    ),
-    # registry, outputs, the file
-    _fault("tags can move", _of("Repository", "ImageTagMutability"), "MUTABLE"),
-    _fault("images not scanned", _of("Repository", "ImageScanningConfiguration.ScanOnPush"), False),
-    _fault("images kept for ever", _of("Repository", "LifecyclePolicy"), GONE),
-    _fault("lifecycle policy is no JSON", _of("Repository", "LifecyclePolicy.LifecyclePolicyText"), '{"rules": [}'),
-    _fault("misspelt property", _of("Database", "MultiAz"), True),
-    _fault("property of the wrong type", _of("Nodes", "ScalingConfig.MaxSize"), "many"),
-    _fault("reference to nothing", _of("Nodes", "NodeRole"), {"Fn::GetAtt": ["NodesRole", "Arn"]}),
-    _fault("circle", "Resources/ClusterRole/DependsOn", "Nodes"),
-    _fault("third zone without its condition", "Resources/PrivateSubnet3/Condition", GONE),
-    _fault("output of another endpoint", "Outputs/DatabaseEndpoint/Value", {"Fn::GetAtt": ["Cluster", "Endpoint"]}),
-    _fault("output gone", "Outputs/DatabaseSecretArn", GONE),
+
+def _wider(resource: Any) -> set[str]:
+    """An ARN, cut off at each of its parts and open from there."""
+    arn = resource.get("Fn::Sub", "") if isinstance(resource, dict) else ""
+    return {arn[: cut.end()] + "*" for cut in re.finditer("(?<!:)[:/](?!:)", arn)} - {arn}
+
+
+def a_role_has_more(template: Template) -> Iterator[Fault]:
+    """One more policy of AWS's or the template's own, or another in place of it."""
+    for name, resource in template["Resources"].items():
+        if resource["Type"] == "AWS::IAM::Role":
+            path = ("Resources", name, "Properties")
+            managed = resource["Properties"].get("ManagedPolicyArns", [])
+            for policy in MANAGED:
+                if policy not in managed:
+                    yield _fault(template, (*path, "ManagedPolicyArns"), [*managed, policy])
+                    yield _fault(template, (*path, "ManagedPolicyArns"), [policy])
+            document = {"Version": "2012-10-17", "Statement": [EVERYTHING]}
+            inline = resource["Properties"].get("Policies", [])
+            yield _fault(template, (*path, "Policies"), [*inline, {"PolicyName": "more", "PolicyDocument": document}])
+
+
+def a_resource_more(template: Template) -> Iterator[Fault]:
+    """A second resource of each type, and some that open a door beside those that are watched."""
+    for name, resource in template["Resources"].items():
+        yield _fault(template, ("Resources", f"{name}More"), resource)
+    world = {"IpProtocol": "-1", "CidrIp": "0.0.0.0/0"}
+    group = {"Fn::GetAtt": ["Cluster", "ClusterSecurityGroupId"]}
+    for kind, properties in {
+        "EC2::SecurityGroupIngress": {"GroupId": group, **world},
+        "EKS::AccessEntry": {"ClusterName": {"Ref": "Cluster"}, "PrincipalArn": "arn:aws:iam::999999999999:root"},
+        "IAM::Policy": {"PolicyName": "more", "PolicyDocument": EVERYTHING, "Roles": [{"Ref": "NodeRole"}]},
+        "EC2::VPCPeeringConnection": {"VpcId": {"Ref": "Vpc"}, "PeerVpcId": "vpc-1"},
+    }.items():
+        yield _fault(template, ("Resources", "More"), {"Type": f"AWS::{kind}", "Properties": properties})
+
+
+def a_parameter_is_lax(template: Template) -> Iterator[Fault]:
+    """A parameter takes, or has by default, what it must not."""
+    for name, parameter in template["Parameters"].items():
+        path = ("Parameters", name)
+        yield _fault(template, (*path, "Default"), {"PublicAccessCidrs": "0.0.0.0/0"}.get(name, "another"))
+        if "AllowedPattern" in parameter:
+            yield _fault(template, (*path, "AllowedPattern"), ".*")
+        if "AllowedValues" in parameter:
+            yield _fault(template, (*path, "AllowedValues", -1), "another")
+
+
+def what_people_do(template: Template) -> Iterator[Fault]:
+    """Faults that take a bad idea, not just a slip."""
+    subnet = {"Fn::GetAtt": ["Vpc", "CidrBlock"]}
+    small = {"Fn::Select": [100, {"Fn::Cidr": [subnet, 128, 8]}]}
+    for resource, property_, value in (
+        ("Cluster", "ResourcesVpcConfig/SubnetIds/0", {"Ref": "PublicSubnet1"}),
+        ("Cluster", "ResourcesVpcConfig/PublicAccessCidrs", ["0.0.0.0/0"]),
+        ("Cluster", "KubernetesNetworkConfig", {"ServiceIpv4Cidr": "10.0.0.0/16"}),
+        ("Cluster", "Version", "1.99"),
+        ("Database", "EngineVersion", "15.99"),
+        ("Database", "EngineVersion", "15.4"),
+        ("Database", "EngineVersion", "16.9"),
+        ("Database", "KmsKeyId", {"Fn::GetAtt": ["ClusterKey", "Arn"]}),
+        ("Database", "MasterUserPassword", "correct-horse"),
+        ("NodeLaunchTemplate", "LaunchTemplateData/KeyName", "mine"),
+        ("NodeLaunchTemplate", "LaunchTemplateData/NetworkInterfaces", [{"AssociatePublicIpAddress": True}]),
+        ("Nodes", "RemoteAccess", {"Ec2SshKey": "mine"}),
+        ("PrivateSubnet2", "CidrBlock", small),
+        ("PrivateSubnet2", "AvailabilityZone", {"Fn::Select": [0, {"Fn::GetAZs": ""}]}),
+        ("Repository", "LifecyclePolicy/LifecyclePolicyText", '{"rules": [}'),
+    ):
+        path = tuple(int(key) if key.isdigit() else key for key in property_.split("/"))
+        yield _fault(template, ("Resources", resource, "Properties", *path), value)
+    lifecycle = ("Resources", "Repository", "Properties", "LifecyclePolicy", "LifecyclePolicyText")
+    text = template["Resources"]["Repository"]["Properties"]["LifecyclePolicy"]["LifecyclePolicyText"]
+    yield _fault(template, lifecycle, text.replace('"countNumber": 50', '"countNumber": 1'))
+    yield _fault(template, ("Parameters", "KubernetesVersion", "Default"), "1.99")
+    yield _fault(template, ("Resources", "ClusterRole", "DependsOn"), "Nodes")
+    yield _fault(template, ("Transform",), "AWS::Serverless-2016-10-31")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+KINDS: list[Callable[[Template], Iterator[Fault]]] = [
+    something_is_gone,
+    a_value_is_wrong,
+    another_is_meant,
+    a_property_more,
+    a_policy_says_more,
+    a_role_has_more,
+    a_resource_more,
+    a_parameter_is_lax,
+    what_people_do,
 ]
