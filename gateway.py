@@ -267,7 +267,7 @@ def content_security_policy(page: bytes) -> str:
 
 def _page() -> Representation:
     """index.html, with the headers that keep anything else out of it. Raises `OSError`."""
-    page = Path(__file__).with_name("index.html").read_bytes()
+    page = Path(__file__).with_name("index.html").read_text("utf-8").encode()  # without CR: browsers hash it so
     headers = {
         "Content-Security-Policy": content_security_policy(page),
         "Referrer-Policy": "no-referrer",

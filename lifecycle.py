@@ -23,13 +23,13 @@ from aiohttp import web
 import logs
 import metrics
 import settings
-from server import VERSION, Server, wait_for_event
+from server import VERSION, Server, is_readable, wait_for_event
 from settings import setting
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_FILES = 16_384  # open files, fewer where the system allows fewer; a client's connection takes one, and some 10 kB
 SPARE_FILES = 128  # of them, for other things than clients: connections to what is behind, name look-ups
-LAST_ACCEPTS = 0.05  # seconds of draining at least: who connected before the signal may still wait to be accepted
+LAST_ACCEPTS = 1.0  # seconds at most for accepting the connections that were made before the signal
 BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
 
 
@@ -72,9 +72,12 @@ async def serve(
         # 1. Unready, but still accepting: load balancers need their time to look elsewhere.
         server.draining.set()
         logs.log(logging.INFO, "draining", drain_s=options.drain_seconds)
-        await wait_for_event(hurry, max(options.drain_seconds, LAST_ACCEPTS))
-        # 2. No new connections: first none is taken, then none is let in, since asyncio fails where a connection comes
-        # between the two (CPython gh-109564).
+        await wait_for_event(hurry, options.drain_seconds)
+        # 2. No new connections. A client that connected before the signal may still wait to be accepted.
+        give_up = loop.time() + LAST_ACCEPTS
+        while is_readable(listener) and loop.time() < give_up and not hurry.is_set():
+            await wait_for_event(hurry, 0.001)
+        # First none is taken, then none is let in: asyncio fails where one comes in between (CPython gh-109564).
         loop.remove_reader(listener)
         await asyncio.sleep(0.01)
         acceptor.close()

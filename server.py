@@ -11,11 +11,14 @@ import itertools
 import logging
 import re
 import secrets
+import select
+import socket
 import time
 from http import HTTPStatus
 from typing import Any, Self
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion10, hdrs, web
+from aiohttp.http_exceptions import LineTooLong
 
 import logs
 import metrics
@@ -29,6 +32,9 @@ HALF_CLOSED_CHECKS = 100  # at most, one each hundredth of a second, whether a h
 LINGERING_TIME = 1.0  # seconds that the rest of a request's body is read and thrown away after the response
 SEND_TIMEOUT = 10.0  # seconds in which a client has to read most of what it has been sent
 LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its request
+MAX_FIELD = 16_384  # bytes of a header field, which is what a load balancer passes on
+MAX_TARGET = 16_000  # bytes of a request's target; another number, since aiohttp's error tells nothing but the limit
+MAX_FIELDS = 256
 
 DRAINING = web.AppKey("draining", asyncio.Event)
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -90,6 +96,8 @@ class Server(web.Server):
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Let the application answer. Raises `web.HTTPException` that is no error, such as a redirect."""
         started = time.perf_counter()
+        if request.version < HttpVersion10:
+            return self.refuse(request, Problem(HTTPStatus.BAD_REQUEST, "HTTP before 1.0 is not spoken here."))
         sent_id = request.headers.get("X-Request-ID")
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
         self._in_flight.add(request.protocol)
@@ -97,6 +105,8 @@ class Server(web.Server):
         try:
             response = await self._handle(request)
         except web.HTTPException as error:
+            if not request.path and request.method != hdrs.METH_CONNECT:  # `http://host` means its `/` (RFC 9110, 4.2.3)
+                return await self._respond(request.clone(rel_url=request.rel_url.with_path("/", keep_query=True)))
             response = error
             if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
                 response = web.HTTPNoContent(headers=error.headers)
@@ -112,7 +122,10 @@ class Server(web.Server):
         resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
         route = resource.canonical if resource else await self._refusing_route(request)
         metrics.observe_request(request.method, route, response.status, seconds)
-        if problem or self._access_log == "all":
+        expected = (
+            problem and problem.kind == "not-ready" and self.draining.is_set()
+        )  # the start of the drain is logged
+        if (problem and not expected) or self._access_log == "all":
             self._log(request, route, response.status, seconds, problem)
         if isinstance(response, web.HTTPException):
             raise response
@@ -194,6 +207,9 @@ class Server(web.Server):
             access_log=None,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
             lingering_time=LINGERING_TIME,
+            max_line_size=MAX_TARGET,
+            max_field_size=MAX_FIELD,
+            max_headers=MAX_FIELDS,
             auto_decompress=False,  # a body that nobody reads would cost time, or fail with a traceback
         )
 
@@ -229,13 +245,20 @@ class Server(web.Server):
         """
         deadline = time.monotonic() + timeout
         grace = time.monotonic() + min(timeout, LAST_REQUESTS)
-        while self.connections and time.monotonic() < grace and not hurry.is_set():
+        while self.connections and not hurry.is_set():
+            now = time.monotonic()
+            if now > deadline or (now > grace and not is_readable(*self._sockets())):
+                break
             await wait_for_event(hurry, 0.01)
         self.pre_shutdown()
         while self._busy() and time.monotonic() < deadline and not hurry.is_set():
             await wait_for_event(hurry, 0.01)
         # aiohttp waits twice as long as it is told here, and for ever for 0. All waiting has been done above.
         await self.shutdown(0.01)
+
+    def _sockets(self) -> list[socket.socket]:
+        transports = [connection.transport for connection in self.connections]
+        return [transport.get_extra_info("socket") for transport in transports if transport]
 
     def _busy(self) -> bool:
         """Whether a request is in flight, or a response not yet with the kernel."""
@@ -250,6 +273,14 @@ def end_connection(response: web.StreamResponse) -> None:
     """
     response.force_close()
     response.headers[hdrs.CONNECTION] = "close"
+
+
+def is_readable(*sockets: socket.socket) -> bool:
+    """Whether the kernel holds something for one of these that has not been read, or a connection not accepted."""
+    poll = select.poll()
+    for each in sockets:
+        poll.register(each, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
@@ -317,10 +348,18 @@ class _Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """What to answer to a request that the parser refuses, or whose response cannot be sent."""
-        if status == HTTPStatus.BAD_REQUEST:
-            # The parser's message goes on with what the client sent, which may be a secret.
-            cause = (message or repr(exc)).partition(":")[0][:100]
-            problem = Problem(HTTPStatus.BAD_REQUEST, "This is not a well-formed HTTP request.", cause=cause)
+        # The parser's message goes on with what the client sent, which may be a secret.
+        cause = (message or "").partition(":")[0][:100]
+        if isinstance(exc, LineTooLong) and exc.args[1] == MAX_TARGET:
+            problem = Problem(HTTPStatus.REQUEST_URI_TOO_LONG, f"The target has more than {MAX_TARGET} bytes.")
+        elif isinstance(exc, LineTooLong):
+            detail = f"A header field has more than {MAX_FIELD} bytes."
+            problem = Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
+        elif cause.startswith("Too many headers"):
+            detail = f"There are more than {MAX_FIELDS} header fields."
+            problem = Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
+        elif status == HTTPStatus.BAD_REQUEST:
+            problem = Problem(status, "This is not a well-formed HTTP request.", cause=cause)
         else:  # such as no memory for the response
             problem = mistake(exc or RuntimeError(message))
         return self._server.refuse(request, problem)

@@ -211,23 +211,57 @@ MALFORMED = {
     "bad header": b"GET /healthz HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
     "bad length": b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",
     "two lengths": b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-    "long header": b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
-    "long path": b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "HTTP/0.9": b"GET /healthz\r\n\r\n",
     "NUL": b"GET /healthz HTTP/1.1\r\nHost: x\0y\r\n\r\n",
 }
+
+
+GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+SIZES = {
+    "target of 9 kB": (b"GET /healthz?" + b"x" * 9000 + GET[12:] + b"\r\n", 200),
+    "target of 17 kB": (b"GET /" + b"x" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    "cookie of 16,000 bytes": (GET + b"Cookie: " + b"x" * 16_000 + b"\r\n\r\n", 200),
+    "cookie of 17 kB": (GET + b"Cookie: " + b"x" * 17_000 + b"\r\n\r\n", 431),
+    "150 fields": (GET + b"".join(b"A%d: b\r\n" % number for number in range(150)) + b"\r\n", 200),
+    "300 fields": (GET + b"".join(b"A%d: b\r\n" % number for number in range(300)) + b"\r\n", 431),
+}
+
+
+async def answer_to(url: str, request: bytes) -> Answer:
+    """The response to these bytes, after which the connection is closed."""
+    head, _, body = (await exchange(url, request)).partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    assert status_line.startswith("HTTP/1.1 ")
+    fields = {key.lower(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
+    return Answer(int(status_line.split()[1]), CIMultiDict(fields), body)
 
 
 @PARTS
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_malformed_http_is_400(system: System, part: str, name: str) -> None:
     """As a problem document with a request id, without the server's name; then the connection is closed."""
-    raw = await exchange(url(system, part), MALFORMED[name])
-    head, _, body = raw.partition(b"\r\n\r\n")
-    status_line, *lines = head.decode().split("\r\n")
-    assert status_line.startswith("HTTP/1.1 400 ")
-    fields = {key.lower(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
-    answer = Answer(400, CIMultiDict(fields), body)
-    assert_problem(answer, 400)
+    assert_problem(await answer_to(url(system, part), MALFORMED[name]), 400)
+
+
+@PARTS
+@pytest.mark.parametrize("name", SIZES)
+async def test_what_is_too_long_is_called_so(system: System, part: str, name: str) -> None:
+    """What a load balancer passes is taken; above it, the status and the sentence say what is too long."""
+    request, status = SIZES[name]
+    answer = await answer_to(url(system, part), request)
+    if status == 200:
+        assert answer.status == 200
+    else:
+        assert_problem(answer, status)
+        assert {414: "target", 431: "header field"}[status] in answer.json()["detail"]
+
+
+@PARTS
+async def test_a_target_may_be_a_whole_url(system: System, part: str) -> None:
+    """As proxies send it (RFC 9112, 3.2.2); without a path it means `/`."""
+    for target, status in (("http://x/healthz", 200), ("http://x", 200 if part == "gateway" else 404)):
+        request = GET.replace(b"/healthz", target.encode(), 1)
+        assert (await answer_to(url(system, part), request + b"\r\n")).status == status
 
 
 @PARTS

@@ -71,10 +71,10 @@ REFUSED = {
     "bytes beyond ASCII in the path": "GET /é HTTP/1.1\r\nHost: x\r\n\r\n".encode() + LAST,
     "lower-case method": b"get /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + LAST,
     "enormous method": b"A" * 9000 + b" /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
-    "enormous path": b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "enormous query": b"GET /healthz?" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "enormous header": GET + b"A: " + b"a" * 9000 + b"\r\n\r\n",
-    "enormous header name": GET + b"A" * 9000 + b": a\r\n\r\n",
+    "enormous path": b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "enormous query": b"GET /healthz?" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "enormous header": GET + b"A: " + b"a" * 20_000 + b"\r\n\r\n",
+    "enormous header name": GET + b"A" * 20_000 + b": a\r\n\r\n",
     "thousand headers": GET + b"".join(b"A%d: b\r\n" % number for number in range(1000)) + b"\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 64 + b"\r\n\r\n",
 }
@@ -118,7 +118,7 @@ def statuses(raw: bytes) -> list[int]:
 @PARTS
 @row("malformed or ambiguous requests (49 of a smuggling corpus)", "400, then a close")
 async def test_what_could_be_two_requests_is_refused(system: System, part: str, note: RowOf) -> None:
-    """With 400 as a problem; the connection is closed, so that nothing behind it is taken for a request."""
+    """With 400, or with 414 or 431 where it is too long, as a problem; nothing behind it is taken for a request."""
     url = getattr(system, part).url
     resets = []
     for name, request in REFUSED.items():
@@ -128,7 +128,7 @@ async def test_what_could_be_two_requests_is_refused(system: System, part: str, 
             resets.append(name)
             continue
         # Where the start of the request was well-formed, it may have been answered before the rest was seen.
-        assert statuses(raw) in ([400], [200, 400]), name
+        assert statuses(raw) in ([400], [200, 400], [414], [431]), name
         assert b"X-Request-ID: last" not in raw, name
         assert b"application/problem+json" in raw, name
     assert len(resets) < 10, resets
@@ -174,7 +174,7 @@ async def test_a_malformed_header_is_not_logged(system: System, part: str) -> No
     server = getattr(system, part)
     for field in (b"Authorization: Basic hunter2\0", b"Authorization : hunter2", b"hunter2", b"A: hunter2" * 2000):
         raw = await exchange(server.url, GET + field + b"\r\n\r\n")
-        assert statuses(raw) == [400]
+        assert statuses(raw) in ([400], [431])
         assert b"hunter2" not in raw
     await server.wait_for_log(status=400)
     assert no_secret(server.log)
