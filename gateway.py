@@ -4,6 +4,7 @@ Rules kept here: whatever the message service does, the client gets a clear answ
 message service's contract gets through; the gateway stays ready when the message service is down.
 """
 
+import asyncio
 import base64
 import dataclasses
 import errno
@@ -13,12 +14,12 @@ import math
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Self
+from typing import Self, TypeVar
 
 import aiohttp
 import uvloop
@@ -49,6 +50,9 @@ TCP_OPTIONS = (  # the kernel gives up a host that acknowledges nothing; one tha
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),  # seconds
     (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1500),  # milliseconds; past TCP's first repeat of a SYN, at one second
 )
+
+T = TypeVar("T")
+Read = Callable[[int, str, bytes], T]  # what an answer says, from its status, media type and body; raises `Problem`
 
 _REQUEST: ContextVar[web.Request] = ContextVar("request")
 
@@ -84,11 +88,13 @@ class MessageService:
     """The message service as the gateway sees it: a context that holds the session, and the coalesced call."""
 
     def __init__(self, settings: Settings) -> None:
+        self._base_url = settings.downstream_url
+        self._message_url = settings.downstream_url / "api/message"
+        self._timeout = settings.downstream_timeout
         self._rebalance_at = time.perf_counter() + REBALANCE_INTERVAL
-        self._url = settings.downstream_url / "api/message"
         self._dependency = metrics.Dependency("the message service")
         self._shared_call = Coalescer(
-            self._call,
+            self._call_for_message,
             limit=MAX_CALLS,
             timeout=settings.downstream_timeout,
             patience=PATIENCE,
@@ -121,50 +127,70 @@ class MessageService:
         await self._session.close()
 
     async def result(self, request: web.Request) -> Representation:
-        """What the gateway answers. Raises `Problem`."""
+        """What the gateway answers, from a call that starts after this one. Raises `Problem`."""
         # A run is made in the name of the caller that it was started for: this is how it learns of the request.
         _REQUEST.set(request)
         try:
-            content = await self._shared_call()
+            representation = await self._shared_call()
         except RunTimeoutError as error:
-            problem = responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", "no answer")
-            problem.downstream_request_id = error.context[_REQUEST][REQUEST_ID]
-            self._dependency.failed(problem)
-            raise problem from error
+            raise self._timed_out(error.context[_REQUEST]) from error
         except Problem as problem:
             raise problem.copy() from problem.__cause__
-        if content is None:
+        if representation is None:
             raise responses.no_message()
-        return content
+        return representation
 
-    async def _call(self) -> Representation | None:
-        """Ask once; None when there is no message. Raises `Problem`."""
+    async def get(self, request: web.Request, path: str, read: Read[T], **query: str) -> T:
+        """What `read` makes of the answer to a call that is shared with nobody. Raises `Problem`."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                return (await self._call(request, (self._base_url / path).with_query(query), read))[0]
+        except TimeoutError as error:
+            raise self._timed_out(request) from error
+        except Problem as problem:
+            self._dependency.failed(problem)
+            raise
+
+    def _timed_out(self, request: web.Request) -> Problem:
+        problem = responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", "no answer")
+        problem.downstream_request_id = request.get(REQUEST_ID)
+        self._dependency.failed(problem)
+        return problem
+
+    async def _call_for_message(self) -> Representation | None:
         started = time.perf_counter()
-        request = _REQUEST.get()
-        headers = {"X-Request-ID": request[REQUEST_ID]}
+        content, behind = await self._call(_REQUEST.get(), self._message_url, read_content)
+        if content is None:
+            return None
+        timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
+        if _VALID_SERVER_TIMING(behind):
+            timing += f", {behind}"
+        return responses.json_representation("result", content, {"Server-Timing": timing})
+
+    async def _call(self, request: web.Request, url: URL, read: Read[T]) -> tuple[T, str]:
+        """Call once in the name of a request; return what `read` makes of the answer, and its Server-Timing.
+
+        Raises `Problem`.
+        """
+        headers = {"X-Request-ID": request.get(REQUEST_ID, "")}
         traceparent = request.headers.get("traceparent")
         if traceparent and _VALID_TRACEPARENT(traceparent):
             headers["traceparent"] = traceparent
-        if started > self._rebalance_at:
-            self._rebalance_at = started + REBALANCE_INTERVAL
+        now = time.perf_counter()
+        if now > self._rebalance_at:
+            self._rebalance_at = now + REBALANCE_INTERVAL
             headers["Connection"] = "close"
         response = None
         try:
-            async with self._session.get(self._url, headers=headers, allow_redirects=False) as response:
-                content = read_content(response.status, _media_type(response), await _read_body(response))
+            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                result = read(response.status, _media_type(response), await _read_body(response))
+                return result, response.headers.get("Server-Timing", "")
         except (aiohttp.ClientError, OSError, Problem) as error:
             if isinstance(response, _Response):
                 response.end_connection()
             problem = to_problem(error)
-            problem.downstream_request_id = request[REQUEST_ID]
+            problem.downstream_request_id = request.get(REQUEST_ID)
             raise problem from error
-        if content is None:
-            return None
-        timing = f"gateway;dur={(time.perf_counter() - started) * 1000:.2f}"
-        behind = response.headers.get("Server-Timing", "")
-        if _VALID_SERVER_TIMING(behind):
-            timing += f", {behind}"
-        return responses.json_representation("result", content, {"Server-Timing": timing})
 
 
 async def _refuse_second_connection(_session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:

@@ -89,6 +89,8 @@ class Server(web.Server):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # aiohttp waits twice as long as it is told here, and for ever for 0: `finish` waits, if anything does.
+        await self.shutdown(0.01)
         await self._runner.cleanup()
 
     # ---- requests ----------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ class Server(web.Server):
         try:
             response = await self._handle(request)
         except web.HTTPException as error:
-            if not request.path and request.method != hdrs.METH_CONNECT:  # `http://host` means its `/` (RFC 9110, 4.2.3)
+            if not request.path and request.method != hdrs.METH_CONNECT:  # `http://host` has the path `/`
                 return await self._respond(request.clone(rel_url=request.rel_url.with_path("/", keep_query=True)))
             response = error
             if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
@@ -239,7 +241,7 @@ class Server(web.Server):
         return connection not in self._in_flight
 
     async def finish(self, hurry: asyncio.Event, timeout: float) -> None:
-        """End all connections: idle ones now, others after their response, at the latest in `timeout` seconds.
+        """Close idle connections, and wait for the responses on the others, at the latest for `timeout` seconds.
 
         To be called when no more connections are accepted. `hurry` ends the waiting.
         """
@@ -253,8 +255,6 @@ class Server(web.Server):
         self.pre_shutdown()
         while self._busy() and time.monotonic() < deadline and not hurry.is_set():
             await wait_for_event(hurry, 0.01)
-        # aiohttp waits twice as long as it is told here, and for ever for 0. All waiting has been done above.
-        await self.shutdown(0.01)
 
     def _sockets(self) -> list[socket.socket]:
         transports = [connection.transport for connection in self.connections]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import ROOT
 from kit.faults import (  # noqa: F401  # fixtures and hooks for tests/faults/
     chain,
     make_chain,
@@ -100,8 +101,10 @@ def start() -> Iterator[Start]:
     """Starts a server and returns when it listens: `await start("gateway", DOWNSTREAM_URL=…)`."""
     servers: list[Server] = []
 
-    async def start(name: str, *, program: Sequence[str] = (), wrapper: Sequence[str] = (), **settings: Any) -> Server:
-        servers.append(Server(name, *(program or ("-m", name)), wrapper=wrapper, **settings))
+    async def start(
+        name: str, *, program: Sequence[str] = (), wrapper: Sequence[str] = (), cwd: Path = ROOT, **settings: Any
+    ) -> Server:
+        servers.append(Server(name, *(program or ("-m", name)), wrapper=wrapper, cwd=cwd, **settings))
         return await servers[-1].listening()
 
     yield start

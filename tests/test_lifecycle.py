@@ -69,8 +69,8 @@ async def test_an_unexpected_error_is_a_500_without_internals(start: Start) -> N
     """The client gets a problem; the log gets the traceback, once, with the request's id."""
     program = (
         "import gateway, lifecycle\n"
-        "async def call(self): raise ZeroDivisionError('the inside')\n"
-        "gateway.MessageService._call = call\n"
+        "async def result(self, request): raise ZeroDivisionError('the inside')\n"
+        "gateway.MessageService.result = result\n"
         "lifecycle.main('gateway', '', gateway.Settings, gateway.application)"
     )
     gateway = await start("gateway", program=("-c", program))
