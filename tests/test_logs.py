@@ -43,7 +43,7 @@ async def test_access_log(start: Start, make_peer: MakePeer) -> None:
 
 
 async def test_a_failure_is_told_once_with_its_cause(start: Start, cluster: Cluster) -> None:
-    """One line in each service, which names the cause; one more when it is over."""
+    """One line in each service, which names the cause; one more when it is over; what nobody saw is a warning."""
     service = await start("message_service", **cluster.database().settings())
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     cluster.stop()
@@ -56,7 +56,11 @@ async def test_a_failure_is_told_once_with_its_cause(start: Start, cluster: Clus
     assert (await get(gateway.url + "/api/string")).status == 200
     for server in (service, gateway):
         await server.wait_for_log(level="info", outage_s=ANY)
-        assert len(server.log) == 3
+        errors = [line for line in server.logged(level="error") if "repeats" not in line]
+        assert len(errors) == 1
+    (warning, *_) = gateway.logged(level="warning")
+    assert "no client saw" in warning["message"]
+    assert "it said" in warning["cause"]
 
 
 async def test_a_broken_database_does_not_flood_the_log(start: Start, cluster: Cluster) -> None:
@@ -79,7 +83,7 @@ async def test_a_broken_database_does_not_flood_the_log(start: Start, cluster: C
             assert "repeats" not in lines[0]
             if path != "/api/message":  # how many of those there were is the gateway's choice
                 assert sum(line.get("repeats", 1) for line in lines) == asked
-        assert len(server.log) <= 1 + len(kinds) * (1 + seconds)
+        assert len(server.log) <= 1 + (len(kinds) + 1) * (1 + seconds)  # and the warnings
 
 
 async def test_a_client_can_not_forge_a_line(start: Start) -> None:
