@@ -35,8 +35,7 @@ import server
 import settings
 import threads
 from coalescing import Coalescer, RunTimeoutError
-from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, Problem, Representation, RepresentationResponse
-from server import REQUEST_ID
+from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, REQUEST_ID, Problem, Representation, RepresentationResponse
 from settings import setting
 
 MAX_CALLS = 4  # calls to the message service in flight: enough to pass by those that are stuck

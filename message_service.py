@@ -454,7 +454,7 @@ async def end_failed_connection(_request: web.Request, response: web.StreamRespo
     them a new one, and behind a load balancer it would not lead elsewhere.
     """
     if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        server.end_connection(response)
+        responses.end_connection(response)
 
 
 def application(settings: Settings) -> web.Application:

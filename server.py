@@ -23,7 +23,7 @@ from aiohttp.http_exceptions import LineTooLong
 import logs
 import metrics
 import responses
-from responses import Problem, Representation, RepresentationResponse
+from responses import DRAINING, REQUEST_ID, Problem, Representation, RepresentationResponse
 
 VERSION = "0.1.0"
 
@@ -35,9 +35,6 @@ LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its r
 MAX_FIELD = 16_384  # bytes of a header field, which is what a load balancer passes on
 MAX_TARGET = 16_000  # bytes of a request's target; another number, since aiohttp's error tells nothing but the limit
 MAX_FIELDS = 256
-
-DRAINING = web.AppKey("draining", asyncio.Event)
-REQUEST_ID = web.RequestKey("request_id", str)
 
 _READY = Representation("application/json", b'{"status": "ready"}')
 _ALIVE = Representation("application/json", b'{"status": "alive"}')
@@ -52,7 +49,7 @@ async def alive(request: web.Request) -> web.StreamResponse:
 
 async def ready(request: web.Request) -> web.StreamResponse:
     """`/readyz`: send requests here. Raises `Problem` while the server drains."""
-    draining = request.app.get(DRAINING)
+    draining = request.get(DRAINING)
     if draining and draining.is_set():
         raise responses.not_ready("This server is about to stop.")
     return RepresentationResponse(request, _READY)
@@ -68,8 +65,8 @@ class Server(web.Server):
     def __init__(self, app: web.Application, access_log: str = "errors", max_connections: int = 1000) -> None:
         # A handler is cancelled when its client leaves: nobody is left to wait for the response.
         super().__init__(self._respond, handler_cancellation=True)
-        self.draining = app[DRAINING] = asyncio.Event()
-        app.on_response_prepare.append(self._add_fields)
+        self.draining = asyncio.Event()
+        app.on_response_prepare.append(responses.complete)
         self._app = app
         self._runner = web.AppRunner(app)
         self._access_log = access_log
@@ -101,6 +98,7 @@ class Server(web.Server):
         if request.version < HttpVersion10:
             return self.refuse(request, Problem(HTTPStatus.BAD_REQUEST, "HTTP before 1.0 is not spoken here."))
         sent_id = request.headers.get("X-Request-ID")
+        request[DRAINING] = self.draining
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
         self._in_flight.add(request.protocol)
         problem = None
@@ -124,9 +122,8 @@ class Server(web.Server):
         resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
         route = resource.canonical if resource else await self._refusing_route(request)
         metrics.observe_request(request.method, route, response.status, seconds)
-        expected = (
-            problem and problem.kind == "not-ready" and self.draining.is_set()
-        )  # the start of the drain is logged
+        # The start of the drain is logged; that probes see it is no news.
+        expected = problem and problem.kind == "not-ready" and self.draining.is_set()
         if (problem and not expected) or self._access_log == "all":
             self._log(request, route, response.status, seconds, problem)
         if isinstance(response, web.HTTPException):
@@ -141,24 +138,12 @@ class Server(web.Server):
                 return resource.canonical
         return None
 
-    async def _add_fields(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Called before a response is sent (signal `on_response_prepare`), be it sent by its handler or after it."""
-        response.headers["X-Request-ID"] = request[REQUEST_ID]
-        if hdrs.SERVER in response.headers:  # aiohttp's name
-            response.headers[hdrs.SERVER] = ""
-        misframed = request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers  # RFC 9112, 6.1
-        # aiohttp's parser loses what follows an Upgrade (h2c, say) that nobody takes up.
-        upgrade_declined = hdrs.UPGRADE in request.headers and response.status != HTTPStatus.SWITCHING_PROTOCOLS
-        if self.draining.is_set() or misframed or upgrade_declined:
-            end_connection(response)
-
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
         """The response where the application was not asked, or gave one that could not be sent."""
         request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
         metrics.observe_request("_OTHER", None, problem.status, 0)
         self._log(request, None, problem.status, 0, problem)
         response = self._problem_response(request, problem, routed=False)
-        response.headers["X-Request-ID"] = request[REQUEST_ID]
         response.force_close()
         return response
 
@@ -265,14 +250,6 @@ class Server(web.Server):
         return bool(self._in_flight) or any(
             connection.transport and connection.transport.get_write_buffer_size() for connection in self.connections
         )
-
-
-def end_connection(response: web.StreamResponse) -> None:
-    """Let a response be the last of its connection; also in a receiver of `on_response_prepare`, when aiohttp has
-    made the header fields already.
-    """
-    response.force_close()
-    response.headers[hdrs.CONNECTION] = "close"
 
 
 def is_readable(*sockets: socket.socket) -> bool:
