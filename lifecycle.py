@@ -58,8 +58,9 @@ async def serve(
     """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
+    # Not `loop.add_signal_handler`: taking such a handler away lets a signal kill the process for a moment.
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(lambda: (hurry if stop.is_set() else stop).set()))
     loop.set_exception_handler(_stray_error_log())
     metrics.BUILD.info({"version": VERSION, "python": platform.python_version()})
     lag = loop.create_task(metrics.watch_event_loop())
@@ -86,9 +87,8 @@ async def serve(
         # 4. The session or the pool is closed: leaving the context ends the application's cleanup contexts.
     lag.cancel()
     logs.log(logging.INFO, "stopped")
-    # 5. Further signals find nothing left to hurry; without this they would kill the process, or make asyncio complain.
+    # 5. Further signals find nothing left to hurry.
     for number in STOP_SIGNALS:
-        loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
 
 
