@@ -5,7 +5,6 @@ the client; every error is a problem (RFC 9457), whose public part says what a c
 is behind the server.
 """
 
-import asyncio
 import hashlib
 import http.client
 import json
@@ -20,6 +19,8 @@ from multidict import CIMultiDict
 MESSAGE_SERVICE = "message_service"
 DATABASE = "database"
 NO_MESSAGE = "urn:problem-type:messages:no-message"
+
+REQUEST_ID = web.RequestKey("request_id", str)
 
 _NONE: Mapping[str, str] = {}
 
@@ -53,27 +54,6 @@ def json_representation(name: str, content: str, headers: Mapping[str, str] = _N
 def _head(status: int, fields: Mapping[str, str]) -> bytes:
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status} {http.client.responses.get(status, '')}\r\n{lines}".encode()
-
-
-REQUEST_ID = web.RequestKey("request_id", str)
-DRAINING = web.RequestKey("draining", asyncio.Event)  # set when the server is about to stop
-
-
-def ends_connection(request: web.BaseRequest, status: int) -> bool:
-    """Whether nothing may follow this response on its connection."""
-    draining = request.get(DRAINING)
-    misframed = request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers  # RFC 9112, 6.1
-    # aiohttp's parser loses what follows an Upgrade (h2c, say) that nobody takes up.
-    upgrade_declined = hdrs.UPGRADE in request.headers and status != HTTPStatus.SWITCHING_PROTOCOLS
-    return misframed or upgrade_declined or (draining is not None and draining.is_set())
-
-
-async def complete(request: web.Request, response: web.StreamResponse) -> None:
-    """Add what every response has: a receiver of `on_response_prepare`, so that streamed responses get it, too."""
-    response.headers["X-Request-ID"] = request[REQUEST_ID]
-    response.headers[hdrs.SERVER] = ""  # instead of aiohttp's name
-    if ends_connection(request, response.status):
-        end_connection(response)
 
 
 def end_connection(response: web.StreamResponse) -> None:
@@ -112,13 +92,11 @@ class RepresentationResponse(web.StreamResponse):
         """Send it. Raises ConnectionResetError when the client has left, ValueError for a field with a line end."""
         if self._sent:
             return request.writer
-        if self._routed and isinstance(request, web.Request):
-            for app in request.match_info.apps:
+        if self._routed:
+            for app in request.match_info.apps:  # type: ignore[attr-defined]  # an application's are `web.Request`
                 for receiver in app.on_response_prepare:
-                    if receiver is not complete:  # what it does is done below, in a third of the time
-                        await receiver(request, self)
-        keeps_connection = super().keep_alive is not False and request.keep_alive
-        self._keeps_connection = keeps_connection and not ends_connection(request, self.status)
+                    await receiver(request, self)
+        self._keeps_connection = super().keep_alive is not False and request.keep_alive
         self._sent = True
         transport = request.transport
         if transport is None or transport.is_closing():

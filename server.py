@@ -23,7 +23,7 @@ from aiohttp.http_exceptions import LineTooLong
 import logs
 import metrics
 import responses
-from responses import DRAINING, REQUEST_ID, Problem, Representation, RepresentationResponse
+from responses import REQUEST_ID, Problem, Representation, RepresentationResponse
 
 VERSION = "0.1.0"
 
@@ -35,6 +35,8 @@ LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its r
 MAX_FIELD = 16_384  # bytes of a header field, which is what a load balancer passes on
 MAX_TARGET = 16_000  # bytes of a request's target; another number, since aiohttp's error tells nothing but the limit
 MAX_FIELDS = 256
+
+DRAINING = web.AppKey("draining", asyncio.Event)
 
 _READY = Representation("application/json", b'{"status": "ready"}')
 _ALIVE = Representation("application/json", b'{"status": "alive"}')
@@ -49,7 +51,7 @@ async def alive(request: web.Request) -> web.StreamResponse:
 
 async def ready(request: web.Request) -> web.StreamResponse:
     """`/readyz`: send requests here. Raises `Problem` while the server drains."""
-    draining = request.get(DRAINING)
+    draining = request.app.get(DRAINING)
     if draining and draining.is_set():
         raise responses.not_ready("This server is about to stop.")
     return RepresentationResponse(request, _READY)
@@ -65,8 +67,8 @@ class Server(web.Server):
     def __init__(self, app: web.Application, access_log: str = "errors", max_connections: int = 1000) -> None:
         # A handler is cancelled when its client leaves: nobody is left to wait for the response.
         super().__init__(self._respond, handler_cancellation=True)
-        self.draining = asyncio.Event()
-        app.on_response_prepare.append(responses.complete)
+        self.draining = app[DRAINING] = asyncio.Event()
+        app.on_response_prepare.append(self._complete)
         self._app = app
         self._runner = web.AppRunner(app)
         self._access_log = access_log
@@ -98,18 +100,17 @@ class Server(web.Server):
         if request.version < HttpVersion10:
             return self.refuse(request, Problem(HTTPStatus.BAD_REQUEST, "HTTP before 1.0 is not spoken here."))
         sent_id = request.headers.get("X-Request-ID")
-        request[DRAINING] = self.draining
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
         self._in_flight.add(request.protocol)
-        problem = None
+        problem = raised = None
         try:
             response = await self._handle(request)
         except web.HTTPException as error:
             if not request.path and request.method != hdrs.METH_CONNECT:  # `http://host` has the path `/`
                 return await self._respond(request.clone(rel_url=request.rel_url.with_path("/", keep_query=True)))
-            response = error
+            response = raised = error
             if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
-                response = web.HTTPNoContent(headers=error.headers)
+                response = raised = web.HTTPNoContent(headers=error.headers)
             elif error.status >= HTTPStatus.BAD_REQUEST:
                 problem = responses.problem_of(error)
         except Exception as error:
@@ -126,8 +127,8 @@ class Server(web.Server):
         expected = problem and problem.kind == "not-ready" and self.draining.is_set()
         if (problem and not expected) or self._access_log == "all":
             self._log(request, route, response.status, seconds, problem)
-        if isinstance(response, web.HTTPException):
-            raise response
+        if raised and not problem:
+            raise raised
         return response
 
     async def _refusing_route(self, request: web.BaseRequest) -> str | None:
@@ -137,6 +138,17 @@ class Server(web.Server):
             if allowed_methods:
                 return resource.canonical
         return None
+
+    async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Called before a response is sent (signal `on_response_prepare`), be it sent by its handler or after it."""
+        if not isinstance(response, RepresentationResponse):  # which writes the id by itself, and no name
+            response.headers["X-Request-ID"] = request[REQUEST_ID]
+            response.headers[hdrs.SERVER] = ""  # instead of aiohttp's name
+        misframed = request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers  # RFC 9112, 6.1
+        # aiohttp's parser loses what follows an Upgrade (h2c, say) that nobody takes up.
+        upgrade_declined = hdrs.UPGRADE in request.headers and response.status != HTTPStatus.SWITCHING_PROTOCOLS
+        if self.draining.is_set() or misframed or upgrade_declined:
+            responses.end_connection(response)
 
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
         """The response where the application was not asked, or gave one that could not be sent."""
