@@ -164,12 +164,11 @@ class Coalescer(Generic[Result]):
         self._arrivals += 1
         caller: _Caller[Result] = _Caller(self._arrivals, now + self._timeout, loop.create_future())
         self._callers.append(caller)
-        if self._reach() < caller.number:
-            due = now + MAX_ADDED_DELAY if self._runs else now
-            if due < self._due:
-                self._due, self._reason = due, "asked"
-                self._context = contextvars.copy_context()
-                self._advance()
+        due = now + MAX_ADDED_DELAY if self._runs else now
+        if due < self._due and self._reach() < caller.number:
+            self._due, self._reason = due, "asked"
+            self._context = contextvars.copy_context()
+            self._advance()
         try:
             return await caller.future
         except asyncio.CancelledError:
@@ -181,6 +180,9 @@ class Coalescer(Generic[Result]):
 
     def _advance(self) -> None:
         """Do what is due now, and see to it that what is due later is done then."""
+        if not (self._callers or self._runs):
+            self._due = math.inf
+            return
         now = asyncio.get_running_loop().time() + MOMENT
         self._release_callers(now)
         self._cancel_useless_runs()
