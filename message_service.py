@@ -24,14 +24,14 @@ from typing import Any, Self
 import aiopg
 import psycopg2
 from aiohttp import web
-from psycopg2 import sql
-from psycopg2.extensions import POLL_OK, encrypt_password, make_dsn
+from psycopg2.extensions import STATUS_READY, QueryCanceledError, make_dsn
 from psycopg2.extensions import connection as psycopg2_connection
 
 import lifecycle
 import logs
 import metrics
 import responses
+import schema
 import server
 import settings
 import threads
@@ -42,16 +42,12 @@ from settings import setting
 QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
 PATIENCE = 0.05  # seconds without an answer after which the query is sent once more, on another connection
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
-CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
 CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL sees that nobody waits for a query any more, and ends it
 MAX_FILES = 1024  # open files: aiopg calls select(), which fails for a socket whose number is higher
 FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
 SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# libpq makes its second try on another socket, which aiopg would not notice. So each try is a connection of its own.
-SSL_TRIES = {"prefer": ("prefer", "disable"), "allow": ("disable", "prefer")}
-SCHEMA_WAIT = 60.0  # seconds that --apply-schema waits for a database that is away
-AWAY = ("starting up", "shutting down", "recovery", "not yet accepting", "too many", "connection slots")  # for a while
-SCHEMA_LOCK = 7236832837  # the advisory lock that schema.sql takes, too
+# What to do in place of libpq's second try: connect as it would have, and if that fails, too, find out why the first did.
+SECOND_TRIES = {"prefer": ("disable", "require"), "allow": ("require", "disable")}
 
 Row = tuple[Any, ...]
 
@@ -100,29 +96,33 @@ class Settings(lifecycle.CommonSettings):
         try:
             password = Path(self.db_password_file).read_text("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
-            raise OSError(errno.EINVAL, "DB_PASSWORD_FILE holds no UTF-8 text") from None
+            raise OSError("DB_PASSWORD_FILE holds no UTF-8 text") from None
         if "\0" in password:
-            raise OSError(errno.EINVAL, "DB_PASSWORD_FILE holds a NUL character")
+            raise OSError("DB_PASSWORD_FILE holds a NUL character")
         return password
 
 
 # ---- the database ----------------------------------------------------------------------------------------------
 
 
-class OneSocketConnection(psycopg2_connection):  # type: ignore[misc]  # psycopg2 has no types
-    """Fails when libpq goes on connecting on another socket, which aiopg would not notice and wait until time is up."""
+class SocketChangedError(psycopg2.OperationalError):  # type: ignore[misc]  # psycopg2 has no types
+    """libpq goes on connecting on another socket."""
 
-    _inode: int | None = None  # the socket's; 0 when connected
+
+class Connection(psycopg2_connection):  # type: ignore[misc]
+    """What psycopg2 makes for aiopg: it fails where aiopg would wait for ever, or leave a request without an answer."""
+
+    _inode: int | None = None  # of its socket
 
     def poll(self) -> int:
-        state: int = super().poll()
-        if self._inode != 0:
-            inode = os.fstat(self.fileno()).st_ino
-            if self._inode not in (None, inode):
-                tried = self.get_dsn_parameters()["sslmode"]
-                self.close()
-                raise psycopg2.OperationalError(f"the server refuses what sslmode {tried} tries first")
-            self._inode = 0 if state == POLL_OK else inode
+        try:
+            state: int = super().poll()
+        except QueryCanceledError as error:  # aiopg would raise CancelledError, as if the client had left
+            raise psycopg2.OperationalError(str(error)) from None
+        if self.status != STATUS_READY:
+            watched, self._inode = self._inode, os.fstat(self.fileno()).st_ino
+            if watched not in (None, self._inode):  # aiopg would go on watching the other one
+                raise SocketChangedError("libpq went on on another socket")
         return state
 
 
@@ -136,18 +136,12 @@ class Slot:
     def __init__(self, settings: Settings, resolver: threads.Resolver) -> None:
         self._settings = settings
         self._resolver = resolver
-        self._options = (
-            # Ends on the server what nobody here waits for any more. Clearly later than the time limit here, since
-            # aiopg turns the server's "statement timeout" into a cancellation.
-            f"-c statement_timeout={round((settings.db_timeout + 1) * 1000)} "
-            f"-c client_connection_check_interval={round(CLIENT_CHECK_INTERVAL * 1000)}"
-        )
+        self._pool: aiopg.Pool
         self._connect_with: dict[str, Any] = {}
         self._connection: aiopg.Connection | None = None
         self._cursor: aiopg.Cursor
         self._owns_backend = False  # whether each statement meets the same backend, and nobody else's do
         self._prepared: dict[str, str] = {}  # statements that the backend has prepared, and their names
-        self._pool: aiopg.Pool
 
     async def open(self) -> None:
         """Prepare; this connects to nothing yet."""
@@ -159,7 +153,7 @@ class Slot:
                 tcp_user_timeout=1500,  # milliseconds
                 keepalives_idle=1,  # seconds
                 keepalives_interval=1,
-                gssencmode="disable",
+                gssencmode="disable",  # one try less that would need another socket
             ),
             minsize=0,
             maxsize=1,
@@ -167,8 +161,11 @@ class Slot:
             enable_json=False,
             enable_hstore=False,
             enable_uuid=False,
-            connection_factory=lambda dsn, async_: OneSocketConnection(make_dsn(dsn, **self._connect_with), async_),
+            connection_factory=lambda dsn, async_: Connection(make_dsn(dsn, **self._connect_with), async_),
         )
+
+    def close(self) -> None:
+        self._pool.terminate()  # not `wait_closed`, which waits for ever for a connection that is being made
 
     @property
     def connected(self) -> bool:
@@ -199,16 +196,12 @@ class Slot:
                 await cursor.execute(statement, args or None)
             else:
                 await self._execute_prepared(statement)
-            return await cursor.fetchall() if cursor.description else []
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not task or not task.cancelling():
-                # Nobody cancelled this task: it is aiopg's name for a query that was cancelled on the server.
-                raise psycopg2.OperationalError("the query was cancelled on the server") from None
             # aiopg has closed the connection. This slot is taken until the server has noticed, lest the database work
             # on more queries than there are slots.
             await asyncio.sleep(CLIENT_CHECK_INTERVAL)
             raise
+        return await cursor.fetchall() if cursor.description else []
 
     async def _execute_prepared(self, statement: str) -> None:
         """Planning takes a third of the time of a query as small as ours, so it is done once for each connection."""
@@ -225,69 +218,73 @@ class Slot:
             await self._cursor.execute(statement)
 
     async def _connect(self) -> None:
-        """Look up the address and the password, since both may have changed, and try one connection after the other.
+        """Look up the address and the password, since both may have changed, and try one address after the other.
 
-        libpq itself would do all that in the event loop, and try on sockets that aiopg does not watch.
+        libpq itself would do all that in the event loop, and try the addresses on sockets that aiopg does not watch.
         """
-        self._drop()
-        settings = self._settings
-        password = await threads.call(settings.password) if settings.db_password_file else settings.password()
-        addresses: list[str | None] = [None]  # a socket folder has none
-        if not settings.db_host.startswith("/"):
-            found = await self._resolver.resolve(settings.db_host, settings.db_port)
-            addresses = [address["host"] for address in found]
+        password = await threads.call(self._settings.password)
+        addresses = await self._addresses()
         for address in addresses:
             try:
-                async with asyncio.timeout(settings.db_timeout / len(addresses)):
-                    await self._connect_to(address, password)
-                break
+                async with asyncio.timeout(self._settings.db_timeout / len(addresses)):
+                    return await self._connect_to(hostaddr=address, password=password)
             except FAILURES:
+                self._drop()
                 metrics.CONNECT_FAILURES.inc()
                 if address == addresses[-1]:
                     raise
 
-    async def _connect_to(self, address: str | None, password: str) -> None:
-        causes = []
-        for sslmode in SSL_TRIES.get(self._settings.db_sslmode, (self._settings.db_sslmode,)):
-            self._connect_with = {"hostaddr": address, "password": password, "sslmode": sslmode}
+    async def _addresses(self) -> list[str | None]:
+        host = self._settings.db_host
+        if host.startswith("/"):
+            return [None]  # a socket folder has none
+        try:
+            found = await self._resolver.resolve(host, self._settings.db_port)
+        except OSError as error:
+            raise OSError(f"could not look up {host}: {error.strerror}") from error
+        return [address["host"] for address in found]
+
+    async def _connect_to(self, **target: str | None) -> None:
+        """Connect as libpq would. What it does on a second socket, with or without TLS, is a connection of its own."""
+        mode = self._settings.db_sslmode
+        try:
+            return await self._acquire(**target, sslmode=mode)
+        except SocketChangedError:
+            causes: list[str] = []
+        for sslmode in SECOND_TRIES.get(mode, (mode,)):
             try:
-                await self._acquire()
-                return
-            except psycopg2.Error as error:
-                causes.append(str(error).strip())
+                return await self._acquire(**target, sslmode=sslmode)
+            except psycopg2.OperationalError as error:
+                causes.insert(0, str(error).strip())
         raise psycopg2.OperationalError("; ".join(dict.fromkeys(causes)))
 
-    async def _acquire(self) -> None:
-        self._connect_with["options"] = self._options
-        try:
-            self._connection = await self._pool.acquire()
-        except psycopg2.OperationalError as error:
-            if not self._options or "options" not in str(error):
-                raise
-            self._options = ""  # a pooler refuses them: docs/operating.md says what to set on the role instead
-            await self._acquire()
-            return
+    async def _acquire(self, **connect_with: str | None) -> None:
+        self._drop()
+        self._connect_with = connect_with
+        self._connection = await self._pool.acquire()
         self._cursor = await self._connection.cursor()
-        await self._cursor.execute("SELECT pg_backend_pid()")
-        (backend,) = await self._cursor.fetchone()
-        # A pooler has told another number at the start: it may give each statement another backend, which may have
-        # prepared what others asked for.
-        self._owns_backend = backend == self._connection.raw.get_backend_pid()
+        # A pooler has told another number, and may hand on its backends with all that is set and prepared there. Where
+        # the backend is this connection's own, it ends what nobody here waits for any more; clearly later than here,
+        # where the time limit is the better answer.
+        await self._cursor.execute(
+            "SELECT set_config('statement_timeout', %s, false), set_config('client_connection_check_interval', %s, false)"
+            " WHERE pg_backend_pid() = %s",
+            (
+                f"{self._settings.db_timeout + 1}s",
+                f"{CLIENT_CHECK_INTERVAL}s",
+                self._connection.raw.get_backend_pid(),
+            ),
+        )
+        self._owns_backend = self._cursor.rowcount == 1
 
     def _drop(self) -> None:
         self._prepared.clear()
+        self._owns_backend = False
         if self._connection:
             if not self._connection.closed:  # aiopg would stop watching a socket that others may have got since
                 self._connection.close()
             self._pool.release(self._connection)
             self._connection = None
-
-    async def close(self) -> None:
-        self._pool.terminate()
-        # aiopg would wait for ever for a connection that is being made.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._pool.wait_closed()
 
 
 class Database:
@@ -324,7 +321,7 @@ class Database:
 
     async def __aexit__(self, *_: object) -> None:
         for slot in self._slots:
-            await slot.close()
+            slot.close()
 
     async def message(self) -> Representation:
         """What the message service answers, from a query that starts after this call. Raises `Problem`."""
@@ -419,17 +416,6 @@ def to_problem(error: Exception) -> Problem:
     return responses.unavailable(DATABASE, "The database is not available.", cause)
 
 
-def _ignore_cancelled_queries(loop: asyncio.AbstractEventLoop) -> None:
-    """aiopg tells the event loop of a query that the server cancelled, besides raising for it; once is enough."""
-    handle = loop.get_exception_handler()
-
-    def handle_others(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if handle and not isinstance(context.get("exception"), psycopg2.extensions.QueryCanceledError):
-            handle(loop, context)
-
-    loop.set_exception_handler(handle_others)
-
-
 # ---- the application -------------------------------------------------------------------------------------------
 
 DATABASE_KEY = web.AppKey("database", Database)
@@ -461,7 +447,6 @@ def application(settings: Settings) -> web.Application:
     app = web.Application()
 
     async def database(app: web.Application) -> AsyncIterator[None]:
-        _ignore_cancelled_queries(asyncio.get_running_loop())
         async with Database(settings) as app[DATABASE_KEY]:
             yield
 
@@ -482,64 +467,11 @@ def application(settings: Settings) -> web.Application:
 
 
 def apply_schema(settings: Settings) -> str:
-    """Apply schema.sql, and let `DB_USER` read its tables. Raises `psycopg2.Error` or `OSError`.
-
-    Waits for a database that is away. It is enough when the table is there and `DB_USER` can read it: then neither
-    the right to change anything nor a database that can be changed is needed. Blocks: this is a command of its own.
-    """
-    deadline = time.monotonic() + SCHEMA_WAIT
-    while True:
-        try:
-            _change_schema(settings)
-            return f"applied schema.sql to the database {settings.db_name}"
-        except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction) as error:
-            return _check_schema(settings, error)
-        except psycopg2.OperationalError as error:
-            if "FATAL" in str(error) and not any(state in str(error) for state in AWAY):
-                return _check_schema(settings, error)  # such as a password that the owner had before
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
-
-
-def _change_schema(settings: Settings) -> None:
-    statements = Path(__file__).with_name("schema.sql").read_text("utf-8")
-    owner = settings.db_owner or settings.db_user
-    password = settings.db_owner_password if settings.db_owner else settings.password()
-    with contextlib.closing(_connect(settings, owner, password)) as connection:
-        connection.autocommit = True  # the file has its own transaction
-        with connection.cursor() as cursor:
-            cursor.execute(statements)
-        if owner == settings.db_user:
-            return
-        connection.autocommit = False
-        reader = sql.Identifier(settings.db_user)
-        with connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            cursor.execute("SELECT FROM pg_roles WHERE rolname = %s", (settings.db_user,))
-            if not cursor.rowcount:
-                cursor.execute(sql.SQL("CREATE ROLE {} LOGIN").format(reader))
-            if settings.password():
-                verifier = encrypt_password(settings.password(), settings.db_user, connection, "scram-sha-256")
-                cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(reader, sql.Literal(verifier)))
-            cursor.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}").format(reader))
-
-
-def _check_schema(settings: Settings, error: psycopg2.Error) -> str:
-    """What to report if `DB_USER` can read the table all the same. Raises the error if it cannot."""
-    try:
-        with contextlib.closing(_connect(settings, settings.db_user, settings.password())) as connection:
-            connection.cursor().execute(QUERY)
-    except psycopg2.Error:
-        raise error from None
-    return f"schema.sql is not applied, but {settings.db_user} can read the table: {logs.describe(error)}"
-
-
-def _connect(settings: Settings, user: str, password: str | None) -> Any:
+    """What `--apply-schema` does: see `schema`. Raises `psycopg2.Error` or `OSError`."""
+    reader = schema.Login(settings.db_user, settings.password())
+    owner = schema.Login(settings.db_owner, settings.db_owner_password or "") if settings.db_owner else reader
     connect_timeout = max(2, math.ceil(settings.db_timeout))  # libpq takes whole seconds, 2 at least
-    return psycopg2.connect(
-        settings.dsn(user=user, sslmode=settings.db_sslmode, connect_timeout=connect_timeout), password=password or ""
-    )
+    return schema.apply(settings.dsn(sslmode=settings.db_sslmode, connect_timeout=connect_timeout), owner, reader)
 
 
 if __name__ == "__main__":

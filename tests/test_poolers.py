@@ -1,0 +1,166 @@
+"""Behind PgBouncer, in each of its modes: a session is not the service's alone, nor is a backend."""
+
+import asyncio
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from conftest import MakeCluster, Start
+from kit import eventually
+from kit.client import get
+from kit.pooler import PROGRAM, Pooler
+from kit.postgres import PASSWORD, Cluster, make_folder
+from kit.processes import Server, run
+
+MODES = ("session", "transaction")
+MakePooler = Callable[..., Pooler]
+
+
+@pytest.fixture
+def cluster(make_cluster: MakeCluster) -> Cluster:
+    """A cluster whose log has every statement."""
+    return make_cluster(log_statement="all")
+
+
+def statements(cluster: Cluster) -> list[str]:
+    """All that were sent to the server so far, in order."""
+    return re.findall(r"LOG:  statement: (.*)", (cluster.folder / "log").read_text())
+
+
+@pytest.fixture
+def make_pooler(cluster: Cluster, session_folder: Path) -> Iterator[MakePooler]:
+    """Starts poolers in front of the cluster; the arguments are settings of pgbouncer.ini."""
+    if not PROGRAM:
+        pytest.skip("needs PgBouncer (Debian: apt-get install pgbouncer)")
+    poolers = []
+
+    def make(**settings: Any) -> Pooler:
+        poolers.append(Pooler(make_folder("pooler-", session_folder), cluster, **settings))
+        return poolers[-1]
+
+    yield make
+    for pooler in poolers:
+        pooler.close()
+
+
+async def all_answer(*services: Server) -> bool:
+    """Whether each answers every one of several requests at a time, with the message."""
+    urls = [f"{service.url}/api/message" for service in services] * 8
+    answers = [*await asyncio.gather(*(get(url) for url in urls)), *[await get(url) for url in urls]]
+    assert {answer.status for answer in answers} == {200}, [answer.body for answer in answers if answer.status != 200]
+    return True
+
+
+@pytest.mark.parametrize("reset", [0, 1], ids=["kept", "reset"])
+@pytest.mark.parametrize("ignored", ["", "options"], ids=["defaults", "options ignored"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_two_services_behind_a_pooler(
+    make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str, ignored: str, reset: int
+) -> None:
+    """Both answer from the first request on, also after a restart of one of them, of the pooler, of the database."""
+    settings = {"ignore_startup_parameters": ignored} if ignored else {}
+    backends = 2 if mode == "transaction" else 20  # few, so that the services share them
+    pooler = make_pooler(pool_mode=mode, server_reset_query_always=reset, default_pool_size=backends, **settings)
+    database = pooler.database().settings()
+    services = [await start("message_service", **database), await start("message_service", **database)]
+    assert await all_answer(*services)
+    services[0].terminate()
+    assert await services[0].exit_status() == 0
+    services[0] = await start("message_service", **database)
+    assert await all_answer(*services)
+    pooler.restart()
+    assert await all_answer(*services)
+    cluster.restart()
+    assert await all_answer(*services)
+    assert [(await get(service.url + "/readyz")).status for service in services] == [200, 200]
+
+
+async def test_a_pooler_that_was_away_is_found_again(make_pooler: MakePooler, start: Start) -> None:
+    """503 while it is down, also for the readiness probe; 200 as soon as it is back."""
+    pooler = make_pooler(pool_mode="transaction")
+    service = await start("message_service", **pooler.database().settings())
+    assert await all_answer(service)
+    pooler.stop()
+    for path in ("/api/message", "/readyz"):
+        await eventually(lambda path=path: has_status(service.url + path, 503))
+    pooler.start()
+    await eventually(lambda: has_status(service.url + "/api/message", 200), within=1)
+
+
+async def has_status(url: str, status: int) -> bool:
+    """Whether a request is answered so."""
+    return (await get(url)).status == status
+
+
+async def test_a_statement_of_others_is_never_executed(make_pooler: MakePooler, cluster: Cluster, start: Start) -> None:
+    """A backend that has statements by all the names that a service may use, with other texts, changes no answer."""
+    direct = await start("message_service", **cluster.database().settings())
+    assert await all_answer(direct)
+    direct.kill()
+    names = {statement.split()[1] for statement in statements(cluster) if statement.startswith("PREPARE")}
+    assert len(names) == 1
+    pooler = make_pooler(pool_mode="transaction", default_pool_size=1)
+    other = pooler.database().connect()
+    other.autocommit = True
+    for name in {*names, "message", "messages"}:
+        other.cursor().execute(f"PREPARE {name} AS SELECT 'wrong'")
+    service = await start("message_service", **pooler.database().settings())
+    for _ in range(3):
+        answer = await get(service.url + "/api/message")
+        assert answer.json()["message"].startswith("Hello from PostgreSQL!")
+    other.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_nothing_stays_behind_in_a_backend(
+    make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str
+) -> None:
+    """What others do on the backends of the service, or of `--apply-schema`, is neither limited nor in their way."""
+    pooler = make_pooler(pool_mode=mode, default_pool_size=1, server_reset_query="")
+    applied = await asyncio.to_thread(run, "-m", "message_service", "--apply-schema", **pooler.database().settings())
+    assert applied.returncode == 0, applied.stderr
+    service = await start("message_service", **pooler.database().settings())
+    assert await all_answer(service)
+    service.kill()
+    cluster.database().sql("ALTER SYSTEM SET log_statement = 'none'")
+    for setting in ("statement_timeout", "client_connection_check_interval"):
+        assert await eventually(lambda setting=setting: pooler.database().sql(f"SHOW {setting}")) == [("0",)]
+    assert pooler.database().sql("SELECT name FROM pg_prepared_statements") == []
+    assert len(cluster.database().backends()) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_the_schema_is_applied_through_a_pooler(
+    make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str
+) -> None:
+    """By several at once, with the role that the service then logs in as."""
+    cluster.database().sql("DROP TABLE messages")
+    pooler = make_pooler(pool_mode=mode)
+    pooler.let_in("reader", "its password")
+    pooler.restart()
+    owner = {"DB_OWNER": "postgres", "DB_OWNER_PASSWORD": PASSWORD}
+    settings = pooler.database("reader", "its password").settings()
+    for applied in await asyncio.gather(
+        *(asyncio.to_thread(run, "-m", "message_service", "--apply-schema", **settings, **owner) for _ in range(4))
+    ):
+        assert applied.returncode == 0, applied.stderr
+    service = await start("message_service", **settings)
+    assert await all_answer(service)
+
+
+async def test_a_direct_connection_prepares_its_query_once(cluster: Cluster, start: Start) -> None:
+    """Three statements on a new connection, one for each further query, which is only executed; all limited in time."""
+    service = await start("message_service", **cluster.database().settings(), DB_TIMEOUT=2)
+    before = len(statements(cluster))
+    for _ in range(5):
+        assert (await get(service.url + "/api/message")).status == 200
+    begin, prepare, *executions = statements(cluster)[before:]
+    assert "pg_backend_pid()" in begin
+    name, text = re.fullmatch(r"PREPARE (\w+) AS (.*)", prepare).groups()
+    assert hashlib.sha256(text.encode()).hexdigest().startswith(name.rpartition("_")[2])  # so never another's text
+    assert executions == [f"EXECUTE {name}"] * 5
