@@ -21,11 +21,11 @@ import threads
 
 FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
 CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL sees that nobody waits for a query any more, and ends it
-# Limits a session in time where the backend is its own: a pooler has told another number at the start.
-LIMIT = """
-    SELECT set_config('statement_timeout', %s, false), set_config('client_connection_check_interval', %s, false)
-    WHERE pg_backend_pid() = %s
-"""
+# Limits a session in time, where the backend is its own: a pooler has told another number when the session began.
+LIMIT = (
+    "SELECT set_config('statement_timeout', %s, false), set_config('client_connection_check_interval', %s, false)"
+    " WHERE pg_backend_pid() = %s"
+)
 # What libpq would try on another socket; and, should that fail, what it has tried before, to learn why that failed.
 SECOND_TRIES = {"prefer": ("disable", "require"), "allow": ("require", "disable")}
 
@@ -149,7 +149,7 @@ class Slot:
             except FAILURES as error:
                 self._drop()
                 metrics.CONNECT_FAILURES.inc()
-                causes.append(str(error).strip())
+                causes.append(str(error).strip() or "no answer in time")
                 if address == addresses[-1]:
                     raise type(error)("; ".join(causes)) from error
 
@@ -164,7 +164,7 @@ class Slot:
         return [address["host"] for address in found]
 
     async def _connect_to(self, **target: str | None) -> None:
-        """Connect as libpq does, with or without TLS; what it would try on another socket is a connection of its own."""
+        """Connect as libpq does, with TLS or without; its try on another socket becomes a connection of its own."""
         try:
             return await self._acquire(**target)
         except psycopg2.NotSupportedError:

@@ -1,7 +1,7 @@
 """What `--apply-schema` does: make the table, and the role that may only read it.
 
-Rules kept here: it waits for a database that is away; several at once are safe, also in several databases of one
-cluster; where the table is there already, it needs no more rights than to read. It blocks: it is no part of a server.
+Rules kept here: it waits for a database that is away; several at once are safe; where the table is there already, it
+needs no more rights than to read. It blocks: it is no part of a server.
 """
 
 import contextlib
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg2
-from psycopg2 import errors, sql
+from psycopg2 import sql
 from psycopg2.extensions import encrypt_password
 
 import logs
 
-GRANT = "GRANT SELECT ON messages TO {}"  # all that the services may do
-LOCK = "SELECT pg_advisory_xact_lock(7236832837);"  # schema.sql's, until the statement sent with it ends
 WAIT = 60.0  # seconds
 INTERVAL = 0.5  # seconds between two attempts
 # What waiting does not change. Only the text tells: there is no code for what happens while psycopg2 connects.
@@ -25,8 +23,6 @@ REFUSALS = (
     *("authentication failed", "no password supplied", "not permitted", "permission denied", "pg_hba.conf"),
     *("does not exist", "no such database", "no such user", " certificate", "does not support SSL"),
 )
-# The same role is being made or changed by another: roles belong to the cluster, while that lock is the database's.
-RACES = (errors.DuplicateObject, errors.UniqueViolation, errors.InternalError_)
 
 
 class Login(NamedTuple):
@@ -48,7 +44,7 @@ def apply(dsn: str, owner: Login, reader: Login) -> str:
             return "applied schema.sql"
         except psycopg2.Error as error:
             failure = error
-        if not _may_pass(failure) or time.monotonic() > deadline:
+        if not _is_away(failure) or time.monotonic() > deadline:
             break
         time.sleep(INTERVAL)
     try:
@@ -56,12 +52,11 @@ def apply(dsn: str, owner: Login, reader: Login) -> str:
             cursor.execute("SELECT content FROM messages LIMIT 1")
     except psycopg2.Error:
         raise failure from None
-    return f"schema.sql is not applied, but {reader.user} can read the table: {logs.describe(failure)}"
+    return f"left the database as it is, since {reader.user} can read the table: {logs.describe(failure)}"
 
 
-def _may_pass(error: psycopg2.Error) -> bool:
-    away = isinstance(error, psycopg2.OperationalError) and not any(text in str(error) for text in REFUSALS)
-    return away or isinstance(error, RACES)
+def _is_away(error: psycopg2.Error) -> bool:
+    return isinstance(error, psycopg2.OperationalError) and not any(text in str(error) for text in REFUSALS)
 
 
 def _change(dsn: str, owner: Login, reader: Login) -> None:
@@ -70,13 +65,15 @@ def _change(dsn: str, owner: Login, reader: Login) -> None:
         if owner.user == reader.user:
             return
         role = sql.Identifier(reader.user)
+        cursor.execute("BEGIN; SELECT pg_advisory_xact_lock(7236832837)")  # schema.sql's
         cursor.execute("SELECT FROM pg_roles WHERE rolname = %s", (reader.user,))
         if not cursor.rowcount:
             cursor.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
-        cursor.execute(sql.SQL(LOCK + GRANT).format(role))
+        cursor.execute(sql.SQL("GRANT SELECT ON messages TO {}").format(role))
         if reader.password:  # hashed here, so that no log of the server's can hold it
             verifier = encrypt_password(reader.password, reader.user, cursor.connection, "scram-sha-256")
-            cursor.execute(sql.SQL(LOCK + "ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
+            cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
+        cursor.execute("COMMIT")
 
 
 @contextlib.contextmanager

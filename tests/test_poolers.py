@@ -2,15 +2,13 @@
 
 import asyncio
 import hashlib
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
-from conftest import MakeCluster, Start
+from conftest import Start
 from kit import eventually
 from kit.client import get
 from kit.pooler import PROGRAM, Pooler
@@ -21,10 +19,12 @@ MODES = ("session", "transaction")
 MakePooler = Callable[..., Pooler]
 
 
-@pytest.fixture
-def cluster(make_cluster: MakeCluster) -> Cluster:
-    """A cluster whose log has every statement."""
-    return make_cluster(log_statement="all")
+@pytest.fixture(scope="module")
+def cluster(session_folder: Path) -> Iterator[Cluster]:
+    """A cluster for all tests here, whose log has every statement."""
+    cluster = Cluster(make_folder("pooled-", session_folder), session_folder, log_statement="all")
+    yield cluster
+    cluster.close()
 
 
 def statements(cluster: Cluster) -> list[str]:
@@ -67,17 +67,17 @@ async def test_two_services_behind_a_pooler(
     backends = 2 if mode == "transaction" else 20  # few, so that the services share them
     pooler = make_pooler(pool_mode=mode, server_reset_query_always=reset, default_pool_size=backends, **settings)
     database = pooler.database().settings()
-    services = [await start("message_service", **database), await start("message_service", **database)]
-    assert await all_answer(*services)
-    services[0].terminate()
-    assert await services[0].exit_status() == 0
-    services[0] = await start("message_service", **database)
-    assert await all_answer(*services)
+    first, second = await asyncio.gather(*(start("message_service", **database) for _ in range(2)))
+    assert await all_answer(first, second)
+    first.terminate()
+    assert await first.exit_status() == 0
+    first = await start("message_service", **database)
+    assert await all_answer(first, second)
     pooler.restart()
-    assert await all_answer(*services)
+    assert await all_answer(first, second)
     cluster.restart()
-    assert await all_answer(*services)
-    assert [(await get(service.url + "/readyz")).status for service in services] == [200, 200]
+    assert await all_answer(first, second)
+    assert [(await get(service.url + "/readyz")).status for service in (first, second)] == [200, 200]
 
 
 async def test_a_pooler_that_was_away_is_found_again(make_pooler: MakePooler, start: Start) -> None:
@@ -86,8 +86,8 @@ async def test_a_pooler_that_was_away_is_found_again(make_pooler: MakePooler, st
     service = await start("message_service", **pooler.database().settings())
     assert await all_answer(service)
     pooler.stop()
-    for path in ("/api/message", "/readyz"):
-        await eventually(lambda path=path: has_status(service.url + path, 503))
+    assert await has_status(service.url + "/api/message", 503)
+    assert await has_status(service.url + "/readyz", 503)
     pooler.start()
     await eventually(lambda: has_status(service.url + "/api/message", 200), within=1)
 
@@ -99,10 +99,11 @@ async def has_status(url: str, status: int) -> bool:
 
 async def test_a_statement_of_others_is_never_executed(make_pooler: MakePooler, cluster: Cluster, start: Start) -> None:
     """A backend that has statements by all the names that a service may use, with other texts, changes no answer."""
+    before = len(statements(cluster))
     direct = await start("message_service", **cluster.database().settings())
     assert await all_answer(direct)
     direct.kill()
-    names = {statement.split()[1] for statement in statements(cluster) if statement.startswith("PREPARE")}
+    names = {statement.split()[1] for statement in statements(cluster)[before:] if statement.startswith("PREPARE")}
     assert len(names) == 1
     pooler = make_pooler(pool_mode="transaction", default_pool_size=1)
     other = pooler.database().connect()
@@ -127,11 +128,10 @@ async def test_nothing_stays_behind_in_a_backend(
     service = await start("message_service", **pooler.database().settings())
     assert await all_answer(service)
     service.kill()
-    cluster.database().sql("ALTER SYSTEM SET log_statement = 'none'")
     for setting in ("statement_timeout", "client_connection_check_interval"):
-        assert await eventually(lambda setting=setting: pooler.database().sql(f"SHOW {setting}")) == [("0",)]
+        assert pooler.database().sql(f"SHOW {setting}") == [("0",)]
     assert pooler.database().sql("SELECT name FROM pg_prepared_statements") == []
-    assert len(cluster.database().backends()) == 1
+    await eventually(lambda: len(cluster.database().backends()) == 1)  # so all of that was on the same one
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -141,12 +141,12 @@ async def test_the_schema_is_applied_through_a_pooler(
     """By several at once, with the role that the service then logs in as."""
     cluster.database().sql("DROP TABLE messages")
     pooler = make_pooler(pool_mode=mode)
-    pooler.let_in("reader", "its password")
+    role, password = f"reader_{mode}", "its password"
+    pooler.let_in(role, password)
     pooler.restart()
-    owner = {"DB_OWNER": "postgres", "DB_OWNER_PASSWORD": PASSWORD}
-    settings = pooler.database("reader", "its password").settings()
+    settings = pooler.database(role, password).settings(DB_OWNER="postgres", DB_OWNER_PASSWORD=PASSWORD)
     for applied in await asyncio.gather(
-        *(asyncio.to_thread(run, "-m", "message_service", "--apply-schema", **settings, **owner) for _ in range(4))
+        *(asyncio.to_thread(run, "-m", "message_service", "--apply-schema", **settings) for _ in range(3))
     ):
         assert applied.returncode == 0, applied.stderr
     service = await start("message_service", **settings)
@@ -155,12 +155,15 @@ async def test_the_schema_is_applied_through_a_pooler(
 
 async def test_a_direct_connection_prepares_its_query_once(cluster: Cluster, start: Start) -> None:
     """Three statements on a new connection, one for each further query, which is only executed; all limited in time."""
-    service = await start("message_service", **cluster.database().settings(), DB_TIMEOUT=2)
+    one = {"DB_POOL_SIZE": 1}  # so that no query that is late gets company on another
+    service = await start("message_service", **cluster.database().settings(), **one, DB_TIMEOUT=2)
     before = len(statements(cluster))
     for _ in range(5):
         assert (await get(service.url + "/api/message")).status == 200
     begin, prepare, *executions = statements(cluster)[before:]
-    assert "pg_backend_pid()" in begin
-    name, text = re.fullmatch(r"PREPARE (\w+) AS (.*)", prepare).groups()
+    assert "'statement_timeout', '3.0s'" in begin
+    prepared = re.fullmatch(r"PREPARE (\w+) AS (.*)", prepare)
+    assert prepared
+    name, text = prepared.groups()
     assert hashlib.sha256(text.encode()).hexdigest().startswith(name.rpartition("_")[2])  # so never another's text
     assert executions == [f"EXECUTE {name}"] * 5

@@ -49,7 +49,7 @@ def programs(folder: Path) -> Path:
 
 
 def programs_with_tls() -> Path | None:
-    """The folder of a PostgreSQL that was built with OpenSSL: POSTGRES_BIN, or Debian's newest; None if there is none."""
+    """The folder of a PostgreSQL with TLS: the one that POSTGRES_BIN names, else Debian's newest; None without one."""
     chosen = os.environ.get("POSTGRES_BIN")
     folders = [Path(chosen)] if chosen else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((folder for folder in folders if b"libssl" in (folder / "postgres").read_bytes()), None)
@@ -164,16 +164,16 @@ class Provider:
 class Cluster:
     """A PostgreSQL server of our own, in its own folder, on a port that it keeps while it is down."""
 
-    def __init__(self, folder: Path, session_folder: Path, bin: Path | None = None, **settings: str):  # noqa: A002
+    def __init__(self, folder: Path, session_folder: Path, bin_folder: Path | None = None, **settings: str):
         """Copy an initialised cluster into `folder` and start it with `settings` of postgresql.conf.
 
-        `bin` is the folder of other programs than the usual ones.
+        `bin_folder` has other programs than the usual ones.
         """
         self.folder, self.data, self.settings = folder, folder / "data", settings
-        self.bin = bin or programs(session_folder)
+        self.bin = bin_folder or programs(session_folder)
         self.reservation = reserve_port()
         self.port: int = self.reservation.getsockname()[1]
-        template = session_folder / ("initialised-others" if bin else "initialised")
+        template = session_folder / ("initialised-others" if bin_folder else "initialised")
         if not template.exists():
             self._initialise(template)
         subprocess.run(["cp", "-a", template, self.data], check=True)
