@@ -38,7 +38,7 @@ def _is_host(text: str) -> bool:
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():  # `int` takes signs, underscores and white space
+    if not (text.isascii() and text.isdecimal()):  # `int` takes signs, underscores and all scripts' digits
         raise ValueError(text)
     return int(text)
 

@@ -61,6 +61,38 @@ async def test_a_secret_is_in_no_log_and_no_answer(role: Database, start: Start)
         assert PASSWORD not in str(text)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"grün-{SECRET}".encode("latin-1"),
+        SECRET.encode("utf-16"),
+        SECRET.encode("utf-16-le"),
+        SECRET[:4].encode() + b"\0" + SECRET[4:].encode(),
+    ],
+    ids=["Latin-1", "UTF-16", "UTF-16 without a mark", "NUL"],
+)
+async def test_a_file_that_holds_no_password_is_an_outage(
+    role: Database, start: Start, tmp_path: Path, content: bytes
+) -> None:
+    """503 from the service and its probe, one line that holds nothing of it; put right, the next request succeeds."""
+    file = tmp_path / "password"
+    file.write_bytes(content)
+    settings = role.settings(DB_USER="reader", DB_PASSWORD=None, DB_PASSWORD_FILE=file, LOG_LEVEL="debug")
+    service = await start("message_service", **settings)
+    assert [(await get(service.url + "/api/message")).status for _ in range(3)] == [503, 503, 503]
+    assert (await get(service.url + "/readyz")).status == 503
+    outage = await service.wait_for_log(status=503, path="/api/message")
+    assert "DB_PASSWORD_FILE" in outage["cause"]
+    file.write_text("first")
+    assert (await get(service.url + "/api/message")).status == 200
+    service.terminate()
+    assert await service.exit_status() == 0
+    lines = [line for line in service.logged(level="error", path="/api/message") if "repeats" not in line]
+    assert lines == [outage]
+    for part in (SECRET[:4], SECRET[4:], "\\x", "0x"):
+        assert part not in str(service.log)
+
+
 def test_a_secret_is_in_no_message_of_the_command_line(cluster: Cluster, tmp_path: Path) -> None:
     """Not in the help, not among wrong settings, not when the schema can not be applied."""
     good = cluster.database().settings(DB_PASSWORD=SECRET)
