@@ -26,21 +26,8 @@ WRONG_GATEWAY = WRONG | {
     "DOWNSTREAM_TIMEOUT": ["0", "-1", "nan", "long"],
 }
 WRONG_SERVICE = WRONG | {
-    "DB_HOST": [
-        "db\n",
-        "db:5432",
-        "[::1]",
-        "::1]",
-        '"db"',
-        "'db'",
-        "http://db",
-        "a b",
-        "a,b",
-        "/a,/b",
-        "a..b",
-        "host=db",
-    ],
-    "DB_PORT": ["x", "65536", "0", "54_32", "5432 ", "-1", "\u0665"],
+    "DB_HOST": ["db\n", "db:5432", "[::1]", '"db"', "http://db", "a,b", "a..b"],
+    "DB_PORT": ["x", "65536", "0", "54_32", "5432 ", "\u0665"],
     "DB_NAME": ["my\ndb", "mydb ", "\x7f"],
     "DB_USER": ["me\n", "\tme", " "],
     "DB_OWNER": ["me\n", "\x85me"],
