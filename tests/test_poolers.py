@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Start
-from kit import eventually
+from kit import ROOT, eventually
 from kit.client import get
 from kit.pooler import PROGRAM, Pooler
 from kit.postgres import PASSWORD, Cluster, make_folder
@@ -150,6 +150,30 @@ async def test_the_schema_is_applied_through_a_pooler(
     ):
         assert applied.returncode == 0, applied.stderr
     service = await start("message_service", **settings)
+    assert await all_answer(service)
+
+
+async def test_what_the_page_says_to_set_on_the_role_counts(
+    make_pooler: MakePooler, cluster: Cluster, start: Start
+) -> None:
+    """docs/containers.md, "Behind a pooler": then a query that nobody waits for ends on the server, too."""
+    database = cluster.database()
+    database.sql("CREATE ROLE limited LOGIN PASSWORD 'its password'")
+    database.sql("GRANT SELECT ON messages TO limited")
+    page = (ROOT / "docs/containers.md").read_text()
+    limits = re.findall(r"^ALTER ROLE messages (SET .*?);", page, re.MULTILINE)
+    assert len(limits) == 2
+    for limit in limits:
+        database.sql(f"ALTER ROLE limited {limit}")
+    pooler = make_pooler(pool_mode="transaction")
+    pooler.let_in("limited", "its password")
+    pooler.restart()
+    settings = pooler.database("limited", "its password").settings()
+    service = await start("message_service", **settings, DB_TIMEOUT=1)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = 'limited'"
+    with database.locked():
+        assert (await get(service.url + "/api/message")).status == 504
+        await eventually(lambda: database.sql(waiting) == [(0,)], within=2)
     assert await all_answer(service)
 
 
