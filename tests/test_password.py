@@ -1,5 +1,6 @@
 """The database's password: changed without a restart, whatever characters it has, and told to nobody."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from conftest import Start
 from kit.client import get
 from kit.postgres import PASSWORD, Cluster, Database
 from kit.processes import run
+
+import logs
 
 
 @pytest.fixture
@@ -91,6 +94,17 @@ async def test_a_file_that_holds_no_password_is_an_outage(
     assert lines == [outage]
     for part in (SECRET[:4], SECRET[4:], "\\x", "0x"):
         assert part not in str(service.log)
+
+
+@pytest.mark.parametrize("secret", [SECRET.encode("utf-16"), "\ud800" + SECRET], ids=["bytes", "text"])
+def test_an_error_that_holds_its_input_is_logged_without_it(secret: bytes | str) -> None:
+    """Neither its cause nor its traceback has any of what could not be decoded or encoded, unlike its repr."""
+    with pytest.raises(UnicodeError) as caught:
+        secret.decode() if isinstance(secret, bytes) else secret.encode()
+    record = logging.LogRecord("messages", logging.ERROR, "", 0, "failed", None, caught._excinfo)
+    line = logs.JSONFormatter("message_service").format(record) + logs.describe(caught.value)
+    assert "UnicodeDecodeError" in line or "UnicodeEncodeError" in line
+    assert not [part for part in (SECRET[:4], SECRET[4:], "\\x00") if part in line]
 
 
 def test_a_secret_is_in_no_message_of_the_command_line(cluster: Cluster, tmp_path: Path) -> None:
