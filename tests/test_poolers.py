@@ -125,7 +125,7 @@ async def test_nothing_stays_behind_in_a_backend(
     pooler = make_pooler(pool_mode=mode, default_pool_size=1, server_reset_query="")
     applied = await asyncio.to_thread(run, "-m", "message_service", "--apply-schema", **pooler.database().settings())
     assert applied.returncode == 0, applied.stderr
-    service = await start("message_service", **pooler.database().settings())
+    service = await start("message_service", **pooler.database().settings(DB_POOL_SIZE=1))
     assert await all_answer(service)
     service.kill()
     for setting in ("statement_timeout", "client_connection_check_interval"):
