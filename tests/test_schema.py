@@ -15,6 +15,7 @@ from kit.postgres import Cluster, Database, Provider
 from kit.processes import run
 
 READER_PASSWORD = "the reader's own"
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
 
 def apply(**settings: Any) -> CompletedProcess[str]:
@@ -41,11 +42,10 @@ async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Datab
     # Each is held where it is about to create the table, so that all ten would, if they did not wait for each other.
     together = empty_database.connect()
     together.cursor().execute("LOCK TABLE pg_class IN SHARE MODE")
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     with ThreadPoolExecutor(10) as threads:
         applying = [threads.submit(apply, **empty_database.settings()) for _ in range(10)]
         try:
-            await eventually(lambda: empty_database.sql(waiting) == [(10,)], within=30)
+            await eventually(lambda: empty_database.sql(WAITING) == [(10,)], within=30)
         finally:
             together.close()
     assert [each.result().returncode for each in applying] == [0] * 10
@@ -115,7 +115,15 @@ async def test_the_owner_makes_a_role_that_may_only_read(make_cluster: MakeClust
     owner = {"DB_OWNER": database.user, "DB_OWNER_PASSWORD": database.password, "DB_USER": 'me "and" you'}
     for password in ("first", "se\"c'ond \\"):
         settings = database.settings(**owner, DB_PASSWORD=password)
-        for ended in await asyncio.gather(*(asyncio.to_thread(apply, **settings) for _ in range(3))):
+        # Each is held where it is about to make or change the role, so that all would, if they did not wait in turn.
+        together = database.connect()
+        together.cursor().execute("LOCK TABLE pg_authid IN SHARE MODE")
+        applying = [asyncio.create_task(asyncio.to_thread(apply, **settings)) for _ in range(3)]
+        try:
+            await eventually(lambda: database.sql(WAITING) == [(3,)], within=15)
+        finally:
+            together.close()
+        for ended in await asyncio.gather(*applying):
             assert (ended.returncode, ended.stdout) == (0, "applied schema.sql\n"), ended.stderr
         service = await start("message_service", **settings)
         assert (await get(service.url + "/api/message")).status == 200
