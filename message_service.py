@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import math
 import os
@@ -19,41 +18,30 @@ from collections import deque
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import aiopg
 import psycopg2
 from aiohttp import web
-from psycopg2 import sql
-from psycopg2.extensions import POLL_OK, encrypt_password, make_dsn
-from psycopg2.extensions import connection as psycopg2_connection
+from psycopg2.extensions import make_dsn
 
 import lifecycle
 import logs
 import metrics
 import responses
+import schema
 import server
 import settings
 import threads
 from coalescing import Coalescer, RunTimeoutError
+from connections import FAILURES, Row, Slot
 from responses import DATABASE, Problem, Representation, RepresentationResponse
 from settings import setting
 
 QUERY = "SELECT content FROM messages ORDER BY id LIMIT 1"
 PATIENCE = 0.05  # seconds without an answer after which the query is sent once more, on another connection
 READINESS_REUSE = 1.0  # seconds that the database's last answer counts for `/readyz`
-CLOSE_TIMEOUT = 1.0  # seconds to close a connection in
-CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL sees that nobody waits for a query any more, and ends it
 MAX_FILES = 1024  # open files: aiopg calls select(), which fails for a socket whose number is higher
-FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
 SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# libpq makes its second try on another socket, which aiopg would not notice. So each try is a connection of its own.
-SSL_TRIES = {"prefer": ("prefer", "disable"), "allow": ("disable", "prefer")}
-SCHEMA_WAIT = 60.0  # seconds that --apply-schema waits for a database that is away
-AWAY = ("starting up", "shutting down", "recovery", "not yet accepting", "too many", "connection slots")  # for a while
-SCHEMA_LOCK = 7236832837  # the advisory lock that schema.sql takes, too
-
-Row = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +68,24 @@ class Settings(lifecycle.CommonSettings):
         if self.db_password and self.db_password_file:
             raise settings.SettingsError(["DB_PASSWORD_FILE: expected only one of it and DB_PASSWORD"])
 
-    def dsn(self, **more: Any) -> str:
+    def dsn(self) -> str:
         """libpq's connection string, without what each new connection gets anew."""
         dsn: str = make_dsn(
             host=self.db_host,
             port=self.db_port,
             dbname=self.db_name,
+            user=self.db_user,
+            sslmode=self.db_sslmode,
             sslrootcert=self.db_sslrootcert,
+            gssencmode="disable",  # one try less that would need another socket
             application_name=f"message_service/{server.VERSION}",
             client_encoding="UTF8",
-            **more,
+            connect_timeout=max(2, math.ceil(self.db_timeout)),  # counts where connecting blocks; 2 is libpq's least
+            # The kernel gives up a host that acknowledges nothing, a little later than TCP first repeats a SYN.
+            # Otherwise all connections can wait for a host that is gone, or for TCP's ever rarer repeats.
+            tcp_user_timeout=1500,  # milliseconds
+            keepalives_idle=1,  # seconds
+            keepalives_interval=1,
         )
         return dsn
 
@@ -100,194 +96,13 @@ class Settings(lifecycle.CommonSettings):
         try:
             password = Path(self.db_password_file).read_text("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
-            raise OSError(errno.EINVAL, "DB_PASSWORD_FILE holds no UTF-8 text") from None
+            raise OSError("DB_PASSWORD_FILE holds no UTF-8 text") from None
         if "\0" in password:
-            raise OSError(errno.EINVAL, "DB_PASSWORD_FILE holds a NUL character")
+            raise OSError("DB_PASSWORD_FILE holds a NUL character")
         return password
 
 
 # ---- the database ----------------------------------------------------------------------------------------------
-
-
-class OneSocketConnection(psycopg2_connection):  # type: ignore[misc]  # psycopg2 has no types
-    """Fails when libpq goes on connecting on another socket, which aiopg would not notice and wait until time is up."""
-
-    _inode: int | None = None  # the socket's; 0 when connected
-
-    def poll(self) -> int:
-        state: int = super().poll()
-        if self._inode != 0:
-            inode = os.fstat(self.fileno()).st_ino
-            if self._inode not in (None, inode):
-                tried = self.get_dsn_parameters()["sslmode"]
-                self.close()
-                raise psycopg2.OperationalError(f"the server refuses what sslmode {tried} tries first")
-            self._inode = 0 if state == POLL_OK else inode
-        return state
-
-
-class Slot:
-    """One connection to the database, made when it is needed and kept while it is good: an aiopg pool of one.
-
-    One for each, since aiopg holds a pool's lock while it connects: in a pool of several, one slow connect would
-    hold up all others.
-    """
-
-    def __init__(self, settings: Settings, resolver: threads.Resolver) -> None:
-        self._settings = settings
-        self._resolver = resolver
-        self._options = (
-            # Ends on the server what nobody here waits for any more. Clearly later than the time limit here, since
-            # aiopg turns the server's "statement timeout" into a cancellation.
-            f"-c statement_timeout={round((settings.db_timeout + 1) * 1000)} "
-            f"-c client_connection_check_interval={round(CLIENT_CHECK_INTERVAL * 1000)}"
-        )
-        self._connect_with: dict[str, Any] = {}
-        self._connection: aiopg.Connection | None = None
-        self._cursor: aiopg.Cursor
-        self._owns_backend = False  # whether each statement meets the same backend, and nobody else's do
-        self._prepared: dict[str, str] = {}  # statements that the backend has prepared, and their names
-        self._pool: aiopg.Pool
-
-    async def open(self) -> None:
-        """Prepare; this connects to nothing yet."""
-        self._pool = await aiopg.create_pool(
-            self._settings.dsn(
-                user=self._settings.db_user,
-                # The kernel gives up a host that acknowledges nothing, a little later than TCP first repeats a SYN.
-                # Otherwise all connections can wait for a host that is gone, or for TCP's ever rarer repeats.
-                tcp_user_timeout=1500,  # milliseconds
-                keepalives_idle=1,  # seconds
-                keepalives_interval=1,
-                gssencmode="disable",
-            ),
-            minsize=0,
-            maxsize=1,
-            timeout=None,  # type: ignore[arg-type]  # a query ends when nobody waits for it any more, see `coalescing`
-            enable_json=False,
-            enable_hstore=False,
-            enable_uuid=False,
-            connection_factory=lambda dsn, async_: OneSocketConnection(make_dsn(dsn, **self._connect_with), async_),
-        )
-
-    @property
-    def connected(self) -> bool:
-        return self._connection is not None and not self._connection.closed
-
-    async def fetch(self, statement: str, args: tuple[object, ...] = (), *, once: bool = False) -> list[Row]:
-        """Return the rows that a statement yields, on a new connection where there is none or the old one is no good.
-
-        The statement may run twice, unless it is to run `once`. Raises `psycopg2.Error`, `OSError` or (aiopg's own)
-        `RuntimeError`.
-        """
-        if once:
-            await self.fetch("SELECT 1")  # finds out whether the connection is still good
-        if self.connected:
-            try:
-                return await self._execute(statement, args)
-            except FAILURES:
-                # The connection died while idle, or the statement was prepared for a table that has changed since.
-                if once or (self.connected and statement not in self._prepared):
-                    raise
-        await self._connect()
-        return await self._execute(statement, args)
-
-    async def _execute(self, statement: str, args: tuple[object, ...]) -> list[Row]:
-        cursor = self._cursor
-        try:
-            if args or not self._owns_backend:
-                await cursor.execute(statement, args or None)
-            else:
-                await self._execute_prepared(statement)
-            return await cursor.fetchall() if cursor.description else []
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not task or not task.cancelling():
-                # Nobody cancelled this task: it is aiopg's name for a query that was cancelled on the server.
-                raise psycopg2.OperationalError("the query was cancelled on the server") from None
-            # aiopg has closed the connection. This slot is taken until the server has noticed, lest the database work
-            # on more queries than there are slots.
-            await asyncio.sleep(CLIENT_CHECK_INTERVAL)
-            raise
-
-    async def _execute_prepared(self, statement: str) -> None:
-        """Planning takes a third of the time of a query as small as ours, so it is done once for each connection."""
-        name = self._prepared.get(statement)
-        if name is None:  # so late, since it needs the table
-            # Named by its text, so that no other statement can ever be executed in its place.
-            name = f"messages_{hashlib.sha256(statement.encode()).hexdigest()[:16]}"
-            await self._cursor.execute(f"PREPARE {name} AS {statement}")
-            self._prepared[statement] = name
-        await self._cursor.execute(f"EXECUTE {name}")
-        if not self._cursor.rowcount:
-            # EXECUTE's snapshot is older than its lock: when it had to wait for a table that was rewritten or made
-            # again, it sees none of the rows. A plain statement's snapshot is taken after the lock.
-            await self._cursor.execute(statement)
-
-    async def _connect(self) -> None:
-        """Look up the address and the password, since both may have changed, and try one connection after the other.
-
-        libpq itself would do all that in the event loop, and try on sockets that aiopg does not watch.
-        """
-        self._drop()
-        settings = self._settings
-        password = await threads.call(settings.password) if settings.db_password_file else settings.password()
-        addresses: list[str | None] = [None]  # a socket folder has none
-        if not settings.db_host.startswith("/"):
-            found = await self._resolver.resolve(settings.db_host, settings.db_port)
-            addresses = [address["host"] for address in found]
-        for address in addresses:
-            try:
-                async with asyncio.timeout(settings.db_timeout / len(addresses)):
-                    await self._connect_to(address, password)
-                break
-            except FAILURES:
-                metrics.CONNECT_FAILURES.inc()
-                if address == addresses[-1]:
-                    raise
-
-    async def _connect_to(self, address: str | None, password: str) -> None:
-        causes = []
-        for sslmode in SSL_TRIES.get(self._settings.db_sslmode, (self._settings.db_sslmode,)):
-            self._connect_with = {"hostaddr": address, "password": password, "sslmode": sslmode}
-            try:
-                await self._acquire()
-                return
-            except psycopg2.Error as error:
-                causes.append(str(error).strip())
-        raise psycopg2.OperationalError("; ".join(dict.fromkeys(causes)))
-
-    async def _acquire(self) -> None:
-        self._connect_with["options"] = self._options
-        try:
-            self._connection = await self._pool.acquire()
-        except psycopg2.OperationalError as error:
-            if not self._options or "options" not in str(error):
-                raise
-            self._options = ""  # a pooler refuses them: docs/operating.md says what to set on the role instead
-            await self._acquire()
-            return
-        self._cursor = await self._connection.cursor()
-        await self._cursor.execute("SELECT pg_backend_pid()")
-        (backend,) = await self._cursor.fetchone()
-        # A pooler has told another number at the start: it may give each statement another backend, which may have
-        # prepared what others asked for.
-        self._owns_backend = backend == self._connection.raw.get_backend_pid()
-
-    def _drop(self) -> None:
-        self._prepared.clear()
-        if self._connection:
-            if not self._connection.closed:  # aiopg would stop watching a socket that others may have got since
-                self._connection.close()
-            self._pool.release(self._connection)
-            self._connection = None
-
-    async def close(self) -> None:
-        self._pool.terminate()
-        # aiopg would wait for ever for a connection that is being made.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._pool.wait_closed()
 
 
 class Database:
@@ -296,8 +111,8 @@ class Database:
     """
 
     def __init__(self, settings: Settings) -> None:
-        resolver = threads.Resolver()
-        self._slots = [Slot(settings, resolver) for _ in range(settings.db_pool_size)]
+        connecting = settings.dsn(), settings.password, settings.db_timeout, threads.Resolver()
+        self._slots = [Slot(*connecting) for _ in range(settings.db_pool_size)]
         self._idle = deque(self._slots)  # connected ones at the right, where they are taken from
         self._free = asyncio.Semaphore(len(self._slots))
         self._timeout = settings.db_timeout
@@ -324,7 +139,7 @@ class Database:
 
     async def __aexit__(self, *_: object) -> None:
         for slot in self._slots:
-            await slot.close()
+            slot.close()
 
     async def message(self) -> Representation:
         """What the message service answers, from a query that starts after this call. Raises `Problem`."""
@@ -369,7 +184,10 @@ class Database:
         queried = time.perf_counter()
         if not rows:
             return None
-        content = text_of(rows[0])
+        content = rows[0][0]
+        if not isinstance(content, str):
+            cause = f"content is a {type(content).__name__}"
+            raise responses.unavailable(DATABASE, "The database holds no text.", cause)
         timing = (
             f"service;dur={(time.perf_counter() - started) * 1000:.2f}, "
             f'database;dur={(queried - started) * 1000:.2f};desc="{self._name}-{next(self._queries)}"'
@@ -403,31 +221,12 @@ class Database:
         return problem
 
 
-def text_of(row: Row) -> str:
-    """The message in a row of the table. Raises `Problem` when it is no text."""
-    content = row[0]
-    if not isinstance(content, str):
-        raise responses.unavailable(DATABASE, "The database holds no text.", f"content is a {type(content).__name__}")
-    return content
-
-
 def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
     cause = logs.describe(error)
     if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, told by libpq
         return responses.timed_out(DATABASE, "The database did not answer in time.", cause)
     return responses.unavailable(DATABASE, "The database is not available.", cause)
-
-
-def _ignore_cancelled_queries(loop: asyncio.AbstractEventLoop) -> None:
-    """aiopg tells the event loop of a query that the server cancelled, besides raising for it; once is enough."""
-    handle = loop.get_exception_handler()
-
-    def handle_others(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if handle and not isinstance(context.get("exception"), psycopg2.extensions.QueryCanceledError):
-            handle(loop, context)
-
-    loop.set_exception_handler(handle_others)
 
 
 # ---- the application -------------------------------------------------------------------------------------------
@@ -461,7 +260,6 @@ def application(settings: Settings) -> web.Application:
     app = web.Application()
 
     async def database(app: web.Application) -> AsyncIterator[None]:
-        _ignore_cancelled_queries(asyncio.get_running_loop())
         async with Database(settings) as app[DATABASE_KEY]:
             yield
 
@@ -482,64 +280,10 @@ def application(settings: Settings) -> web.Application:
 
 
 def apply_schema(settings: Settings) -> str:
-    """Apply schema.sql, and let `DB_USER` read its tables. Raises `psycopg2.Error` or `OSError`.
-
-    Waits for a database that is away. It is enough when the table is there and `DB_USER` can read it: then neither
-    the right to change anything nor a database that can be changed is needed. Blocks: this is a command of its own.
-    """
-    deadline = time.monotonic() + SCHEMA_WAIT
-    while True:
-        try:
-            _change_schema(settings)
-            return f"applied schema.sql to the database {settings.db_name}"
-        except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction) as error:
-            return _check_schema(settings, error)
-        except psycopg2.OperationalError as error:
-            if "FATAL" in str(error) and not any(state in str(error) for state in AWAY):
-                return _check_schema(settings, error)  # such as a password that the owner had before
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
-
-
-def _change_schema(settings: Settings) -> None:
-    statements = Path(__file__).with_name("schema.sql").read_text("utf-8")
-    owner = settings.db_owner or settings.db_user
-    password = settings.db_owner_password if settings.db_owner else settings.password()
-    with contextlib.closing(_connect(settings, owner, password)) as connection:
-        connection.autocommit = True  # the file has its own transaction
-        with connection.cursor() as cursor:
-            cursor.execute(statements)
-        if owner == settings.db_user:
-            return
-        connection.autocommit = False
-        reader = sql.Identifier(settings.db_user)
-        with connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            cursor.execute("SELECT FROM pg_roles WHERE rolname = %s", (settings.db_user,))
-            if not cursor.rowcount:
-                cursor.execute(sql.SQL("CREATE ROLE {} LOGIN").format(reader))
-            if settings.password():
-                verifier = encrypt_password(settings.password(), settings.db_user, connection, "scram-sha-256")
-                cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(reader, sql.Literal(verifier)))
-            cursor.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}").format(reader))
-
-
-def _check_schema(settings: Settings, error: psycopg2.Error) -> str:
-    """What to report if `DB_USER` can read the table all the same. Raises the error if it cannot."""
-    try:
-        with contextlib.closing(_connect(settings, settings.db_user, settings.password())) as connection:
-            connection.cursor().execute(QUERY)
-    except psycopg2.Error:
-        raise error from None
-    return f"schema.sql is not applied, but {settings.db_user} can read the table: {logs.describe(error)}"
-
-
-def _connect(settings: Settings, user: str, password: str | None) -> Any:
-    connect_timeout = max(2, math.ceil(settings.db_timeout))  # libpq takes whole seconds, 2 at least
-    return psycopg2.connect(
-        settings.dsn(user=user, sslmode=settings.db_sslmode, connect_timeout=connect_timeout), password=password or ""
-    )
+    """What `--apply-schema` does: see `schema`. Raises `psycopg2.Error` or `OSError`."""
+    reader = schema.Login(settings.db_user, settings.password())
+    owner = schema.Login(settings.db_owner, settings.db_owner_password or "") if settings.db_owner else reader
+    return schema.apply(settings.dsn(), owner, reader)
 
 
 if __name__ == "__main__":

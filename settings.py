@@ -7,11 +7,16 @@ pass a value that somebody left out.
 
 import dataclasses
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from yarl import URL
+
+# No value of a variable holds control characters, or surrogates, which stand for bytes that are no UTF-8.
+_IMPOSSIBLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +28,17 @@ class Kind:
     accepts: Callable[[Any], bool] = lambda _: True
 
 
-def _is_text(text: str) -> bool:
-    """Whether it can be a name or a password: what a paste or a file adds by mistake is no part of either."""
-    return text == text.strip() and text.isprintable()
-
-
 def _is_host(text: str) -> bool:
     if text.startswith("/"):
-        return _is_text(text)
+        return "," not in text  # which would be several
     try:
         return bool(ipaddress.ip_address(text))
-    except ValueError:  # a name, without scheme, port, brackets or quotes
-        return _is_text(text) and not set(text) & set(":/\\[]@,'\" ")
+    except ValueError:
+        return bool(_HOST_NAME.fullmatch(text.encode("idna").decode()))
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():  # `int` takes signs, underscores and white space
+    if not (text.isascii() and text.isdecimal()):  # `int` takes signs, underscores and all scripts' digits
         raise ValueError(text)
     return int(text)
 
@@ -67,7 +67,7 @@ def _readable_file(text: str) -> str:
 
 PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0: the system chooses")
 PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
-TEXT = Kind("UTF-8 text without control characters, or white space at its ends", str, _is_text)
+TEXT = Kind("UTF-8 text without control characters, and without white space at its ends", str)
 HOST = Kind("a host name or address without port, or a folder's path", str, _is_host)
 BASE_URL = Kind("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
 READABLE_FILE = Kind("the path of a file that this process can read", _readable_file)
@@ -100,12 +100,15 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
         if not text:
             continue
         try:
+            if text != text.strip() or _IMPOSSIBLE.search(text):
+                raise ValueError(text)
             values[field.name] = kind.parse(text)
             wrong = not kind.accepts(values[field.name])
         except (ValueError, OSError):
             wrong = True
-        if wrong:  # a URL may hold a password, too
-            held = "(hidden)" if field.metadata["secret"] or "@" in text else repr(text)
+        if wrong:  # a URL or connection string may hold a password, too
+            secret = field.metadata["secret"] or "@" in text or "password=" in text
+            held = "(hidden)" if secret else repr(text)
             problems.append(f"{name}: {held} is not {kind.expected}")
     if problems:
         raise SettingsError(problems)

@@ -82,7 +82,7 @@ def make_cluster(session_folder: Path) -> Iterator[MakeCluster]:
     clusters = []
 
     def make(**settings: str) -> Cluster:
-        clusters.append(Cluster(make_folder("own-", session_folder), session_folder, **settings))
+        clusters.append(Cluster(make_folder("own-", session_folder), session_folder, None, **settings))
         return clusters[-1]
 
     yield make

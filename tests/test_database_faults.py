@@ -295,15 +295,16 @@ async def test_a_slow_connect_holds_up_nobody(start: Start, database: Database, 
 async def test_a_connection_that_died_silently_costs_nobody_a_request(
     start: Start, database: Database, make_proxy: MakeProxy
 ) -> None:
-    """When a firewall forgot the connections, the next request gets its answer on a new one."""
+    """When a firewall forgot the connections, each request gets its answer all the same, on a new one."""
     proxy = await make_proxy(database.port)
     service = await start("message_service", **database.settings(DB_PORT=proxy.port))
     url = service.url + "/api/message"
     assert await answers_well(url)
+    before = proxy.accepted
     proxy.freeze(new=False)
     for _ in range(5):
         assert await answers_well(url)
-    assert proxy.accepted == 2
+    assert proxy.accepted > before
 
 
 async def test_a_host_that_was_restarted_costs_no_request(
@@ -313,9 +314,10 @@ async def test_a_host_that_was_restarted_costs_no_request(
     proxy = await make_proxy(database.port)
     service = await start("message_service", **database.settings(DB_PORT=proxy.port), DB_TIMEOUT=1)
     assert await answers_well(service.url + "/api/message")
+    before = proxy.accepted
     proxy.forget()
     assert await answers_well(service.url + "/api/message")
-    assert proxy.accepted == 2
+    assert proxy.accepted > before
 
 
 async def test_a_socket_folder_is_a_host(cluster: Cluster, start: Start) -> None:

@@ -26,6 +26,7 @@ SERVERS = ["gateway", "message_service"]
 SERVICES = ["gateway", "message-service", "postgres"]
 BASE_IMAGE = "python:3.13-slim"
 PASSWORD = """it's a \\ "pass" #1"""
+OWNER_PASSWORD = f"{PASSWORD} of the owner"
 GREETING = "Hello from PostgreSQL! This message was read from the database."
 
 Run = Callable[..., str]
@@ -100,13 +101,19 @@ class Composition:
         self._environment = {"IMAGE": image, "PUBLISH_PORT": "0"}  # over what .env says
         self._env_file = env_file
 
+    @property
+    def password(self) -> str:
+        """What the message service logs in with."""
+        return self._environment.get("DB_PASSWORD", PASSWORD)
+
     def __call__(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command of Compose."""
         options = ["--project-name", self.project, "--env-file", str(self._env_file)]
         return docker("compose", *options, *arguments, check=check, environment=self._environment)
 
-    def up(self) -> None:
-        """Start what does not run, and wait until all are healthy."""
+    def up(self, **settings: str) -> None:
+        """Start what does not run, and wait until all are healthy; `settings` count from now on."""
+        self._environment |= settings
         done = self("up", "--detach", "--wait", "--wait-timeout", "60", check=False)
         assert done.returncode == 0, done.stderr + self("logs", "--no-color").stdout
         self.url = f"http://{self('port', 'gateway', '8000').stdout.strip()}/api/string"
@@ -129,8 +136,11 @@ class Composition:
 @pytest.fixture(scope="session")
 def shared_composition(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
     env_file = tmp_path_factory.mktemp("compose") / ".env"
-    escaped = PASSWORD.replace("'", "\\'")
-    env_file.write_text((ROOT / ".env.example").read_text() + f"\nDB_PASSWORD='{escaped}'\n")
+    env_file.write_text((ROOT / ".env.example").read_text())
+    with env_file.open("a") as file:
+        for name, password in (("DB_PASSWORD", PASSWORD), ("DB_OWNER_PASSWORD", OWNER_PASSWORD)):
+            escaped = password.replace("'", "\\'")
+            file.write(f"\n{name}='{escaped}'\n")
     composition = Composition(image, env_file)
     try:
         composition.up()
@@ -291,20 +301,49 @@ async def test_up_serves_the_message(composition: Composition) -> None:
     assert await composition.serves()
 
 
-def test_the_password_is_that_of_the_env_file(composition: Composition) -> None:
-    """The database lets in nobody without it, whatever characters it has."""
-    command = ["exec", "--env=DB_PASSWORD=postgres", composition.container("message-service")]
+def environment(composition: Composition, service: str) -> list[str]:
+    """What a container's processes get."""
+    found: list[str] = inspect(composition.container(service))["Config"]["Env"]
+    return found
+
+
+def test_the_passwords_are_those_of_the_env_file(composition: Composition) -> None:
+    """The database lets in nobody without them, whatever characters they have; the owner's is in no server's hands."""
+    command = ["exec", "--env=DB_PASSWORD=messages", composition.container("message-service")]
     done = docker(*command, "python", "/app", "message_service", "--apply-schema", check=False)
     assert done.returncode == 1
     assert "password authentication failed" in done.stderr
-    assert f"DB_PASSWORD={PASSWORD}" in inspect(composition.container("message-service"))["Config"]["Env"]
+    assert f"DB_PASSWORD={composition.password}" in environment(composition, "message-service")
+    assert f"DB_OWNER_PASSWORD={OWNER_PASSWORD}" in environment(composition, "schema")
+    for service in ("gateway", "message-service"):
+        assert not [line for line in environment(composition, service) if "OWNER" in line or OWNER_PASSWORD in line]
+
+
+def test_the_message_service_may_only_read(composition: Composition) -> None:
+    """It logs in as a role that can change nothing."""
+    assert "DB_USER=messages" in environment(composition, "message-service")
+    psql = ["exec", composition.container("postgres"), "psql", "--username=messages", "--dbname=mydb", "--command"]
+    assert GREETING in docker(*psql, "SELECT content FROM messages").stdout
+    for statement in ("UPDATE messages SET content = ''", "DELETE FROM messages", "CREATE TABLE more ()"):
+        assert "permission denied" in docker(*psql, statement, check=False).stderr
+
+
+def test_the_schema_step_has_ended(composition: Composition) -> None:
+    """Well, and for good; while it ran it was confined as the servers are."""
+    container = inspect(composition.container("schema"))
+    assert (container["State"]["Status"], container["State"]["ExitCode"]) == ("exited", 0)
+    host = container["HostConfig"]
+    assert host["RestartPolicy"]["Name"] == "no"
+    assert (host["CapDrop"], host["ReadonlyRootfs"]) == (["ALL"], True)
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert min(host[limit] or 0 for limit in ("Memory", "NanoCpus", "PidsLimit")) > 0
 
 
 def test_only_the_gateway_is_published(composition: Composition) -> None:
     """Port 8000 on the loopback; neither the message service nor the database."""
     published = {
         (service, port, binding["HostIp"])
-        for service in SERVICES
+        for service in (*SERVICES, "schema")
         for port, bindings in inspect(composition.container(service))["HostConfig"]["PortBindings"].items()
         for binding in bindings
     }
@@ -393,10 +432,10 @@ async def test_a_restart_of_the_message_service_is_survived(composition: Composi
 
 
 async def test_messages_outlive_the_containers(composition: Composition) -> None:
-    """A message that somebody changed is still there after `down` and a second `up`."""
+    """A message that somebody changed is still there after `down` and a second `up`, which may bring a new password."""
     composition.sql("UPDATE messages SET content = 'changed' WHERE id = 1")
     composition("down")
-    composition.up()
+    composition.up(DB_PASSWORD=f"{PASSWORD}, changed")
     assert await composition.serves("changed")
 
 
@@ -409,7 +448,9 @@ async def test_any_user_number_will_do(composition: Composition, start: Run) -> 
         "--env",
         "DB_HOST=postgres",
         "--env",
-        f"DB_PASSWORD={PASSWORD}",
+        "DB_USER=messages",
+        "--env",
+        f"DB_PASSWORD={composition.password}",
     ]
     service = start(*confined, *database, command=["message_service"])
     services = ["--network", f"{composition.project}_services", "--env", "DOWNSTREAM_URL=http://message-service:8001"]
@@ -424,10 +465,9 @@ async def test_any_user_number_will_do(composition: Composition, start: Run) -> 
 
 
 def test_the_image_applies_the_schema(composition: Composition) -> None:
-    """`docker run … IMAGE message_service --apply-schema` fills an empty database."""
+    """`docker run … IMAGE message_service --apply-schema`, as the composition does it, fills an empty database."""
     composition.sql("DROP TABLE messages")
-    done = composition("run", "--rm", "--no-deps", "--no-TTY", "message-service", "message_service", "--apply-schema")
-    assert "applied schema.sql" in done.stdout
+    assert "applied schema.sql" in composition("run", "--rm", "--no-deps", "--no-TTY", "schema").stdout
     assert composition.sql("SELECT content FROM messages ORDER BY id LIMIT 1") == GREETING
 
 
@@ -447,12 +487,14 @@ def publication(**environment: str) -> tuple[str, str]:
     return port["host_ip"], port["published"]
 
 
-def test_both_servers_are_one_image() -> None:
-    """Built once, and not pulled for the other: two builds would be two images."""
-    gateway, service = services()["gateway"], services()["message-service"]
-    assert gateway["image"] == service["image"]
-    assert "build" not in gateway
-    assert gateway["pull_policy"] == "never"
+def test_there_is_one_image() -> None:
+    """Built once, and not pulled for the others: several builds would be several images."""
+    found = services()
+    assert "build" in found["message-service"]
+    for name in ("gateway", "schema"):
+        assert found[name]["image"] == found["message-service"]["image"]
+        assert "build" not in found[name]
+        assert found[name]["pull_policy"] == "never"
 
 
 def test_the_publication_can_be_chosen() -> None:

@@ -1,5 +1,6 @@
 """The database's password: changed without a restart, whatever characters it has, and told to nobody."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from conftest import Start
 from kit.client import get
 from kit.postgres import PASSWORD, Cluster, Database
 from kit.processes import run
+
+import logs
 
 
 @pytest.fixture
@@ -59,6 +62,49 @@ async def test_a_secret_is_in_no_log_and_no_answer(role: Database, start: Start)
     for text in (service.log, [(answer.headers, answer.body) for answer in answers]):
         assert SECRET not in str(text)
         assert PASSWORD not in str(text)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"grün-{SECRET}".encode("latin-1"),
+        SECRET.encode("utf-16"),
+        SECRET.encode("utf-16-le"),
+        SECRET[:4].encode() + b"\0" + SECRET[4:].encode(),
+    ],
+    ids=["Latin-1", "UTF-16", "UTF-16 without a mark", "NUL"],
+)
+async def test_a_file_that_holds_no_password_is_an_outage(
+    role: Database, start: Start, tmp_path: Path, content: bytes
+) -> None:
+    """503 from the service and its probe, one line that holds nothing of it; put right, the next request succeeds."""
+    file = tmp_path / "password"
+    file.write_bytes(content)
+    settings = role.settings(DB_USER="reader", DB_PASSWORD=None, DB_PASSWORD_FILE=file, LOG_LEVEL="debug")
+    service = await start("message_service", **settings)
+    assert [(await get(service.url + "/api/message")).status for _ in range(3)] == [503, 503, 503]
+    assert (await get(service.url + "/readyz")).status == 503
+    outage = await service.wait_for_log(status=503, path="/api/message")
+    assert "DB_PASSWORD_FILE" in outage["cause"]
+    file.write_text("first")
+    assert (await get(service.url + "/api/message")).status == 200
+    service.terminate()
+    assert await service.exit_status() == 0
+    lines = [line for line in service.logged(level="error", path="/api/message") if "repeats" not in line]
+    assert lines == [outage]
+    for part in (SECRET[:4], SECRET[4:], "\\x", "0x"):
+        assert part not in str(service.log)
+
+
+@pytest.mark.parametrize("secret", [SECRET.encode("utf-16"), "\ud800" + SECRET], ids=["bytes", "text"])
+def test_an_error_that_holds_its_input_is_logged_without_it(secret: bytes | str) -> None:
+    """Neither its cause nor its traceback has any of what could not be decoded or encoded, unlike its repr."""
+    with pytest.raises(UnicodeError) as caught:
+        secret.decode() if isinstance(secret, bytes) else secret.encode()
+    record = logging.LogRecord("messages", logging.ERROR, "", 0, "failed", None, caught._excinfo)
+    line = logs.JSONFormatter("message_service").format(record) + logs.describe(caught.value)
+    assert "UnicodeDecodeError" in line or "UnicodeEncodeError" in line
+    assert not [part for part in (SECRET[:4], SECRET[4:], "\\x00") if part in line]
 
 
 def test_a_secret_is_in_no_message_of_the_command_line(cluster: Cluster, tmp_path: Path) -> None:

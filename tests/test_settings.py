@@ -1,18 +1,20 @@
 """Settings and command line: wrong ones are told all at once before anything listens; what is told is true."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import Start
-from kit import ROOT, eventually, reserve_port
+from kit import ROOT, reserve_port
 from kit.client import get
-from kit.postgres import Database
 from kit.processes import run
 
+import message_service
+import settings
+
 WRONG = {
-    "PORT": ["x", "-1", "65536", "1.5"],
+    "HOST": ["0.0.0.0\n", "e\x7f", "any\tone"],
+    "PORT": ["x", "-1", "65536", "1.5", "80 ", "80_00", "+80"],
     "LOG_LEVEL": ["loud"],
     "LOG_FORMAT": ["xml"],
     "ACCESS_LOG": ["some"],
@@ -24,7 +26,11 @@ WRONG_GATEWAY = WRONG | {
     "DOWNSTREAM_TIMEOUT": ["0", "-1", "nan", "long"],
 }
 WRONG_SERVICE = WRONG | {
-    "DB_PORT": ["x", "65536"],
+    "DB_HOST": ["db\n", "db:5432", "[::1]", '"db"', "http://db", "a,b", "a..b"],
+    "DB_PORT": ["x", "65536", "0", "54_32", "5432 ", "\u0665"],
+    "DB_NAME": ["my\ndb", "mydb ", "\x7f"],
+    "DB_USER": ["me\n", "\tme", " "],
+    "DB_OWNER": ["me\n", "\x85me"],
     "DB_PASSWORD_FILE": ["/nowhere"],
     "DB_SSLMODE": ["maybe"],
     "DB_SSLROOTCERT": ["/nowhere"],
@@ -40,15 +46,44 @@ def test_wrong_settings_are_told_all_at_once(name: str) -> None:
     """One line for each, with its name, what it holds and what is expected; exit status 2."""
     wrong = SERVERS[name]
     for round_ in range(max(map(len, wrong.values()))):
-        settings: dict[str, Any] = {variable: values[round_ % len(values)] for variable, values in wrong.items()}
-        ended = run("-m", name, **settings)
+        chosen: dict[str, Any] = {variable: values[round_ % len(values)] for variable, values in wrong.items()}
+        ended = run("-m", name, **chosen)
         assert (ended.returncode, ended.stdout) == (2, "")
         lines = ended.stderr.splitlines()
-        assert len(lines) == len(settings), ended.stderr
-        for variable, value in settings.items():
+        assert len(lines) == len(chosen), ended.stderr
+        for variable, value in chosen.items():
             (line,) = [line for line in lines if re.search(rf"\b{variable}\b", line)]
-            assert value in line
+            assert repr(value) in line
             assert len(line) > len(variable) + len(value) + 20  # and what is expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DB_PASSWORD", "gr\udcfcn-Pa55"),  # in Latin-1: the byte FC
+        ("DB_PASSWORD", "\udcff\udcfePa55"),
+        ("DB_PASSWORD", "Pa55\n"),
+        ("DB_OWNER_PASSWORD", "gr\udcfcn-Pa55"),
+        ("DB_HOST", "postgres://me:Pa55@db/mydb"),
+        ("DB_HOST", "host=db password=Pa55"),
+    ],
+)
+def test_a_secret_that_is_wrong_is_hidden(variable: str, value: str) -> None:
+    """One line that holds nothing of it; exit status 2."""
+    wrong: dict[str, Any] = {variable: value}
+    ended = run("-m", "message_service", **wrong)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert f"{variable}: (hidden)" in ended.stderr
+    assert "Pa55" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "db.example.com.", "my_db", "10.0.0.1", "::1", "fe80::1%eth0", "/run/postgresql", "bücher.example"],
+)
+def test_a_host_that_can_be_right_is_taken(host: str) -> None:
+    """Names, Compose's and international ones included, addresses, and folders."""
+    assert settings.read(message_service.Settings, {"DB_HOST": host}).db_host == host
 
 
 @BOTH
@@ -87,41 +122,6 @@ def test_an_unknown_argument_is_an_error(name: str) -> None:
     assert ended.returncode == 2
     assert "usage" in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Database) -> None:
-    """All exit with 0, the samples are there once; a message that was changed since is kept."""
-
-    def apply() -> int:
-        ended = run("-m", "message_service", "--apply-schema", **empty_database.settings(), within=60)
-        assert "Traceback" not in ended.stderr
-        return ended.returncode
-
-    # Each is held where it is about to create the table, so that all ten would, if they did not wait for each other.
-    together = empty_database.connect()
-    together.cursor().execute("LOCK TABLE pg_class IN SHARE MODE")
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    with ThreadPoolExecutor(10) as threads:
-        applying = [threads.submit(apply) for _ in range(10)]
-        try:
-            await eventually(lambda: empty_database.sql(waiting) == [(10,)], within=30)
-        finally:
-            together.close()
-    assert [each.result() for each in applying] == [0] * 10
-    (first,) = empty_database.sql("SELECT content FROM messages ORDER BY id LIMIT 1")[0]
-    assert first.startswith("Hello from PostgreSQL!")
-    assert empty_database.sql("SELECT count(*) FROM messages") == [(3,)]
-    empty_database.set_message("mine")
-    assert apply() == 0
-    assert empty_database.sql("SELECT content FROM messages ORDER BY id LIMIT 1") == [("mine",)]
-
-
-async def test_a_schema_that_can_not_be_applied_is_one_line(empty_database: Database) -> None:
-    """And exit status 1: here there is no such database."""
-    settings = empty_database.settings(DB_NAME="nowhere")
-    ended = run("-m", "message_service", "--apply-schema", **settings)
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
-    assert "nowhere" in ended.stderr
 
 
 def test_the_version_is_the_projects() -> None:

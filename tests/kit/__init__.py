@@ -1,6 +1,7 @@
 """The test kit: real processes on real sockets, and the means to break them on purpose.
 
 postgres   a PostgreSQL cluster of our own: start, stop, kill, freeze; databases in it
+pooler     PgBouncer in front of it
 processes  the servers as a user starts them, with their log lines
 network    what stands between them: proxies, ports that refuse, peers that say garbage, DNS
 client     HTTP as a client sees it, down to the bytes

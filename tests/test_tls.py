@@ -1,0 +1,262 @@
+"""TLS to the database: the service connects wherever libpq does with the same DB_SSLMODE, and says why where it cannot.
+
+The server is a real PostgreSQL with TLS; its rules in pg_hba.conf decide which connections it takes.
+"""
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+from conftest import Start
+from kit import eventually, open_sockets
+from kit.client import get
+from kit.postgres import PASSWORD, USER, Cluster, Database, make_folder, programs_with_tls
+from kit.processes import Server, run
+
+MODES = (None, "disable", "allow", "prefer", "require")  # None: DB_SSLMODE is not set
+
+
+class Certificates:
+    """A certificate authority; one that nobody knows; and a server's certificate of each, for `localhost` only."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for authority in ("known", "unknown"):
+            self._openssl(
+                "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=CA",
+                authority,
+                authority,
+            )
+            options = f"-CA {authority}.crt -CAkey {authority}.key -addext subjectAltName=DNS:localhost"
+            name = f"{authority}-server"
+            self._openssl(
+                f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost {options}",
+                name,
+                name,
+            )
+
+    def _openssl(self, command: str, key: str, crt: str) -> None:
+        files = ["-keyout", f"{key}.key", "-out", f"{crt}.crt"]
+        subprocess.run(["openssl", *command.split(), *files], cwd=self.folder, check=True, capture_output=True)
+
+    @property
+    def authority(self) -> Path:
+        """What a client checks the server's certificate against."""
+        return self.folder / "known.crt"
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make certificates")
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+class TLSCluster(Cluster):
+    """A cluster that speaks TLS, or not, and takes some kinds of connections only; its log has every connection."""
+
+    certificates: Certificates
+
+    def configure(self, *, tls: bool = True, rule: str = "host", authority: str = "known") -> None:
+        """Restart it so: `rule` says which connections over TCP it takes, `authority` whose certificate it has."""
+        for kind in ("key", "crt"):
+            file = self.data / f"server.{kind}"
+            shutil.copy(self.certificates.folder / f"{authority}-server.{kind}", file)
+            file.chmod(0o600)
+            if USER:
+                shutil.chown(file, USER)
+        method = "reject" if rule == "reject" else "scram-sha-256"
+        kind = "host" if rule == "reject" else rule
+        (self.data / "pg_hba.conf").write_text(f"local all all trust\n{kind} all all all {method}\n")
+        self.settings["ssl"] = "on" if tls else "off"
+        if self.process.poll() is None:
+            self.stop()
+        self.start()
+
+    def connections(self) -> int:
+        """How many connections were made so far, whatever came of them."""
+        return (self.folder / "log").read_text().count("connection received")
+
+
+@pytest.fixture(scope="module")
+def tls_cluster(session_folder: Path, certificates: Certificates) -> Iterator[TLSCluster]:
+    """For all tests here: each says how it is to be configured."""
+    folder = programs_with_tls()
+    if not folder:
+        pytest.skip("needs a PostgreSQL with TLS (Debian: apt-get install postgresql)")
+    cluster = TLSCluster(make_folder("tls-", session_folder), session_folder, folder, log_connections="on")
+    cluster.certificates = certificates
+    yield cluster
+    cluster.close()
+
+
+def libpq(cluster: Cluster, mode: str | None) -> str | None:
+    """Why libpq cannot connect with this mode; None when it can."""
+    settings = {"host": "127.0.0.1", "port": cluster.port, "dbname": "mydb", "user": "postgres", "password": PASSWORD}
+    try:
+        psycopg2.connect(**settings, sslmode=mode, gssencmode="disable").close()
+    except psycopg2.OperationalError as error:
+        return str(error)
+    return None
+
+
+EXPECTED: dict[tuple[bool, str], set[str | None]] = {  # by TLS and rule: the modes that connect
+    (True, "host"): {None, "disable", "allow", "prefer", "require"},
+    (True, "hostssl"): {None, "allow", "prefer", "require"},
+    (True, "hostnossl"): {None, "disable", "allow", "prefer"},
+    (True, "reject"): set(),
+    (False, "host"): {None, "disable", "allow", "prefer"},
+    (False, "hostssl"): set(),
+    (False, "hostnossl"): {None, "disable", "allow", "prefer"},
+    (False, "reject"): set(),
+}
+
+
+async def start_each(start: Start, cluster: Cluster) -> list[tuple[str | None, Server]]:
+    """A message service for each mode, with one connection, and time enough to tell "at once" from "in time"."""
+    settings = cluster.database().settings(DB_TIMEOUT=10, DB_POOL_SIZE=1, ACCESS_LOG="all")
+    services = await asyncio.gather(*(start("message_service", **settings, DB_SSLMODE=mode or "") for mode in MODES))
+    return list(zip(MODES, services, strict=True))
+
+
+async def ask(service: Server) -> tuple[int, str]:
+    """The status that a client gets, at once, and what the log says to it."""
+    answer = await get(service.url + "/api/message")
+    assert answer.seconds < 3
+    line = await service.wait_for_log(request_id=answer.request_id)
+    return answer.status, line.get("cause", "")
+
+
+async def test_it_connects_where_libpq_does(tls_cluster: TLSCluster, start: Start) -> None:
+    """With each mode and rule: 200 where libpq connects; else 503 at once, with all of libpq's reasons in the log."""
+    services = await start_each(start, tls_cluster)
+    for (tls, rule), expected in EXPECTED.items():
+        tls_cluster.configure(tls=tls, rule=rule)
+        connected = set()
+        for mode, service in services:
+            status, cause = await ask(service)
+            reasons = libpq(tls_cluster, mode)
+            assert status == (503 if reasons else 200), (tls, rule, mode, reasons)
+            lines = [line.partition("failed: ")[2] for line in (reasons or "").splitlines()]
+            found = [cause.find(" ".join(line.split())) for line in lines]
+            assert -1 not in found, (tls, rule, mode, cause)
+            assert found == sorted(found)  # in libpq's order
+            if not reasons:
+                connected.add(mode)
+        assert connected == expected, (tls, rule)
+
+
+async def test_one_connection_is_enough(tls_cluster: TLSCluster, start: Start) -> None:
+    """Where the first thing that libpq tries succeeds, nothing else is tried; nor where nobody listens."""
+    services = await start_each(start, tls_cluster)
+    for tls in (True, False):
+        tls_cluster.configure(tls=tls)
+        for mode, service in services:
+            if tls or mode != "require":
+                before = tls_cluster.connections()
+                assert await ask(service) == (200, "")
+                assert tls_cluster.connections() == before + 1, (tls, mode)
+    tls_cluster.stop()
+    for _, service in services:
+        status, cause = await ask(service)
+        assert (status, cause.count("Connection refused")) == (503, 1)
+
+
+async def test_a_refused_login_leaves_nothing_behind(tls_cluster: TLSCluster, start: Start) -> None:
+    """However often it tries, on two sockets each time, none of them stays open."""
+    tls_cluster.configure(rule="reject")
+    service = await start("message_service", **tls_cluster.database().settings())
+    for _ in range(20):
+        assert (await get(service.url + "/api/message")).status == 503
+    await eventually(lambda: open_sockets(service.pid) < 20)
+
+
+async def test_a_wrong_password_is_told_where_plain_text_is_refused(tls_cluster: TLSCluster, start: Start) -> None:
+    """As RDS does by default: the reason of the try with TLS comes first, that of the one without it is no surprise."""
+    tls_cluster.configure(rule="hostssl")
+    service = await start("message_service", **tls_cluster.database().settings(DB_PASSWORD="wrong"))
+    assert (await get(service.url + "/api/message")).status == 503
+    cause = (await service.wait_for_log(status=503))["cause"]
+    assert cause.index("password authentication failed") < cause.index("no encryption")
+
+
+@pytest.mark.parametrize(
+    ("authority", "mode", "host", "reason"),
+    [
+        ("known", "verify-full", "localhost", None),
+        ("known", "verify-full", "127.0.0.1", "does not match host name"),
+        ("known", "verify-ca", "127.0.0.1", None),
+        ("unknown", "verify-full", "localhost", "certificate verify failed"),
+        ("unknown", "verify-ca", "localhost", "certificate verify failed"),
+        ("unknown", "require", "localhost", "certificate verify failed"),  # libpq's rule, since there is an authority
+    ],
+)
+async def test_the_certificate_is_checked(
+    tls_cluster: TLSCluster,
+    certificates: Certificates,
+    start: Start,
+    authority: str,
+    mode: str,
+    host: str,
+    reason: str | None,
+) -> None:
+    """A right one is taken; a wrong host or authority is 503 at once, with libpq's reason in the log."""
+    tls_cluster.configure(authority=authority)
+    settings = tls_cluster.database().settings(DB_HOST=host, DB_TIMEOUT=10)
+    service = await start("message_service", **settings, DB_SSLMODE=mode, DB_SSLROOTCERT=certificates.authority)
+    answer = await get(service.url + "/api/message")
+    assert (answer.status == 503, answer.seconds < 3) == (bool(reason), True)
+    if reason:
+        assert reason in (await service.wait_for_log(status=503))["cause"]
+
+
+ODD = {
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGSSLMODE": "verify-full",
+    "PGSSLNEGOTIATION": "direct",
+    "PGSSLCERT": "/nowhere",
+    "PGHOSTADDR": "192.0.2.1",
+    "PGPORT": "1",
+    "PGUSER": "nobody",
+    "PGDATABASE": "nowhere",
+    "PGPASSWORD": "wrong",
+    "PGSERVICE": "nowhere",
+    "PGREQUIREAUTH": "none",
+    "PGCHANNELBINDING": "require",
+    "PGGSSENCMODE": "require",
+    "PGLOADBALANCEHOSTS": "random",
+    "PGCLIENTENCODING": "LATIN1",
+    "PGOPTIONS": "-c default_transaction_isolation=nonsense",
+    "PGAPPNAME": "theirs",
+}
+
+
+@pytest.mark.parametrize("command", [[], ["--apply-schema"]], ids=["the service", "--apply-schema"])
+async def test_variables_of_libpq_have_no_say(database: Database, start: Start, command: list[str]) -> None:
+    """Whatever somebody has set for psql on this machine."""
+    settings = database.settings(**ODD)
+    if command:
+        ended = await asyncio.to_thread(run, "-m", "message_service", *command, **settings)
+        assert ended.returncode == 0, ended.stderr
+    else:
+        service = await start("message_service", **settings)
+        assert (await get(service.url + "/api/message")).status == 200
+
+
+@pytest.mark.parametrize(("mode", "status"), [(None, 200), ("require", 503)])
+async def test_a_home_that_cannot_be_read(
+    tls_cluster: TLSCluster, start: Start, tmp_path: Path, mode: str | None, status: int
+) -> None:
+    """libpq looks for certificates there. It connects without TLS where it may, or the log says what it cannot read."""
+    tls_cluster.configure()
+    (tmp_path / ".postgresql").symlink_to(".postgresql")  # an endless link, which root cannot read either
+    settings = tls_cluster.database().settings(DB_TIMEOUT=10, HOME=tmp_path)
+    service = await start("message_service", **settings, DB_SSLMODE=mode or "")
+    answer = await get(service.url + "/api/message")
+    assert (answer.status, answer.seconds < 3) == (status, True)
+    if status == 503:
+        assert ".postgresql" in (await service.wait_for_log(status=503))["cause"]
