@@ -1,6 +1,9 @@
 # What a person types. Each target installs what it needs into .venv, from the hash-locked requirements.
 
-PYTHON ?= python3
+# The first of these that is new enough.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 
 .PHONY: help run test faults check aws lock clean bench budget
@@ -10,7 +13,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 run: .venv/.local  ## the whole system on this machine: PostgreSQL, message service, gateway
-	@$(BIN)/python tools/local_stack.py
+	@$(BIN)/python -u -m tools.local_stack
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -41,11 +44,8 @@ budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin
 # The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
-.venv-bench/.installed: requirements/bench.txt
-	@test -x .venv-bench/bin/python || { echo "making .venv-bench with $(BENCH_PYTHON)"; $(BENCH_PYTHON) -m venv .venv-bench; }
-	@echo "installing $<"
-	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
-	@touch $@
+.venv-bench/.installed: requirements/bench.txt .venv-bench/bin/python
+	$(call install,$(BENCH_PYTHON))
 
 benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
 	@if command -v npm >/dev/null; then echo "installing $<"; npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent && touch $@; \
@@ -62,11 +62,23 @@ benchmarks/go/bin: .venv-bench/.installed benchmarks/go/go.mod benchmarks/go/go.
 GO := .venv-bench/bin/go -C benchmarks/go
 
 # A group's environment is up to date when its stamp is newer than its lock file.
-.venv/.%: requirements/%.txt
-	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "installing $<"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
-	@touch $@
+.venv/.%: requirements/%.txt .venv/bin/python
+	$(call install,$(PYTHON))
+
+# Nothing to do here: where it is missing, or the Python behind it has gone, `install` makes it.
+.venv/bin/python .venv-bench/bin/python: ;
+
+# $(call install,PYTHON): makes the environment where it is missing, too old or left half-made (bin/activate comes last).
+# Others may read it: where root runs PostgreSQL, it does so as another user.
+define install
+@test -e $(@D)/bin/activate && $(@D)/bin/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || { \
+	$(1) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+		echo "Python 3.11 or later is needed. Where is it? make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }; \
+	echo "making $(@D)"; $(1) -m venv --clear $(@D); }
+@echo "installing $<"
+@umask 022 && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+@touch $@
+endef
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
 lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
