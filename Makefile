@@ -1,7 +1,7 @@
 # What a person types. Each target installs what it needs into .venv, from the hash-locked requirements.
 
 # The first of these that is new enough.
-PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
@@ -65,18 +65,17 @@ GO := .venv-bench/bin/go -C benchmarks/go
 .venv/.%: requirements/%.txt .venv/bin/python
 	$(call install,$(PYTHON))
 
-# Nothing to do here: where it is missing, or the Python behind it has gone, `install` makes it.
+# A Python that has gone, with its folder or with the system's update, makes the stamps out of date.
 .venv/bin/python .venv-bench/bin/python: ;
 
-# $(call install,PYTHON): makes the environment where it is missing, too old or left half-made (bin/activate comes last).
-# Others may read it: where root runs PostgreSQL, it does so as another user.
+# $(call install,PYTHON): makes the environment if there is none, if its Python is too old, or if it was left half-made
+# (venv writes bin/activate last); then installs what the lock file names.
 define install
 @test -e $(@D)/bin/activate && $(@D)/bin/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || { \
-	$(1) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
-		echo "Python 3.11 or later is needed. Where is it? make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }; \
+	$(1) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "Python 3.11 or later is needed: PYTHON=/path/to/python3 names one"; exit 1; }; \
 	echo "making $(@D)"; $(1) -m venv --clear $(@D); }
 @echo "installing $<"
-@umask 022 && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
 @touch $@
 endef
 
