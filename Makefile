@@ -22,17 +22,18 @@ faults: .venv/.dev  ## break everything under load, for some minutes; writes the
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "" tests/faults
 
 check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/hadolint Dockerfile
-	@if docker compose version >/dev/null 2>&1; then echo docker compose config --quiet; docker compose config --quiet; \
+	@echo "ruff: lint"; $(BIN)/ruff check --quiet .
+	@echo "ruff: format"; $(BIN)/ruff format --quiet --diff .
+	@echo "mypy"; $(BIN)/mypy --no-error-summary
+	@echo "hadolint: Dockerfile"; $(BIN)/hadolint Dockerfile
+	@if docker compose version >/dev/null 2>&1; then echo "docker compose: docker-compose.yml"; docker compose config --quiet; \
 	else echo "docker-compose.yml is not checked: there is no docker compose here"; fi
 	@# An unknown schema is only a warning to it: whatever it says counts as a failure.
+	@echo "kubernetes-validate: k8s.yaml for $(KUBERNETES)"; \
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
-aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws/template.yaml, without AWS
+aws: .venv/.dev .venv/.aws  ## lint aws/template.yaml, test what it allows, and find thousands of faults put into it; without AWS
 	$(BIN)/python -m pytest tests/aws
 
 bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
