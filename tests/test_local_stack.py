@@ -107,7 +107,7 @@ async def test_many_signals_leave_nothing_behind(folder: Path) -> None:
     await stack.started()
     children = child_pids(stack.process.pid)
     assert len(children) == 3
-    while not stack.process.logged(message="stopped"):
+    while not stack.process.logged(message="draining"):
         stack.process.terminate()
     await stack.ended()
     assert not [pid for pid in children if runs(pid)]

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import lifecycle
 
 DATA = Path(__file__).parents[1] / ".data"
 HOST = os.environ.get("HOST") or "localhost"
-stop = threading.Event()  # set by a signal; nothing is raised, so that no start and no stop is cut short
+signals: list[int] = []  # received; nothing is raised, so that no start and no stop is cut short
 
 
 def free_port(variable: str, default: int) -> int:
@@ -45,10 +45,9 @@ def listens(port: int) -> bool:
 def wait_until(condition: Callable[[], bool], *needed: subprocess.Popen[bytes]) -> None:
     """Return when the condition is true. Ends this process after a signal, or when one of the `needed` has ended."""
     while not condition():
-        if stop.wait(0.05):
-            sys.exit()
-        if any(process.poll() is not None for process in needed):
-            sys.exit("stopped, since a server has ended")
+        if signals or any(process.poll() is not None for process in needed):
+            sys.exit(None if signals else "stopped, since a server has ended")
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -98,7 +97,7 @@ def database() -> Iterator[None]:
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: signals.append(number))
     gateway_port, service_port = free_port("GATEWAY_PORT", 8000), free_port("MESSAGE_SERVICE_PORT", 8001)
     with contextlib.nullcontext() if os.environ.get("DB_HOST") else database():
         os.environ.update(DOWNSTREAM_URL=f"http://{HOST}:{service_port}", PORT=str(service_port))
