@@ -1,6 +1,9 @@
 # What a person types. Each target installs what it needs into .venv, from the hash-locked requirements.
 
-PYTHON ?= python3
+# The first of these that is new enough.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 
 .PHONY: help run test faults check aws lock clean bench budget
@@ -10,7 +13,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 run: .venv/.local  ## the whole system on this machine: PostgreSQL, message service, gateway
-	@$(BIN)/python tools/local_stack.py
+	@$(BIN)/python -u -m tools.local_stack
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -19,17 +22,18 @@ faults: .venv/.dev  ## break everything under load, for some minutes; writes the
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "" tests/faults
 
 check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/hadolint Dockerfile
-	@if docker compose version >/dev/null 2>&1; then echo docker compose config --quiet; docker compose config --quiet; \
+	@echo "ruff: lint"; $(BIN)/ruff check --quiet .
+	@echo "ruff: format"; $(BIN)/ruff format --quiet --diff .
+	@echo "mypy"; $(BIN)/mypy --no-error-summary
+	@echo "hadolint: Dockerfile"; $(BIN)/hadolint Dockerfile
+	@if docker compose version >/dev/null 2>&1; then echo "docker compose: docker-compose.yml"; docker compose config --quiet; \
 	else echo "docker-compose.yml is not checked: there is no docker compose here"; fi
 	@# An unknown schema is only a warning to it: whatever it says counts as a failure.
+	@echo "kubernetes-validate: k8s.yaml for $(KUBERNETES)"; \
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
-aws: .venv/.dev .venv/.aws  ## lint, validate and simulate aws/template.yaml, without AWS
+aws: .venv/.dev .venv/.aws  ## lint aws/template.yaml, test what it allows, and find thousands of faults put into it; without AWS
 	$(BIN)/python -m pytest tests/aws
 
 bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
@@ -41,11 +45,8 @@ budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin
 # The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
-.venv-bench/.installed: requirements/bench.txt
-	@test -x .venv-bench/bin/python || { echo "making .venv-bench with $(BENCH_PYTHON)"; $(BENCH_PYTHON) -m venv .venv-bench; }
-	@echo "installing $<"
-	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
-	@touch $@
+.venv-bench/.installed: requirements/bench.txt .venv-bench/bin/python
+	$(call install,$(BENCH_PYTHON))
 
 benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
 	@if command -v npm >/dev/null; then echo "installing $<"; npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent && touch $@; \
@@ -62,11 +63,22 @@ benchmarks/go/bin: .venv-bench/.installed benchmarks/go/go.mod benchmarks/go/go.
 GO := .venv-bench/bin/go -C benchmarks/go
 
 # A group's environment is up to date when its stamp is newer than its lock file.
-.venv/.%: requirements/%.txt
-	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "installing $<"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
-	@touch $@
+.venv/.%: requirements/%.txt .venv/bin/python
+	$(call install,$(PYTHON))
+
+# A Python that has gone, with its folder or with the system's update, makes the stamps out of date.
+.venv/bin/python .venv-bench/bin/python: ;
+
+# $(call install,PYTHON): makes the environment if there is none, if its Python is too old, or if it was left half-made
+# (venv writes bin/activate last); then installs what the lock file names.
+define install
+@test -e $(@D)/bin/activate && $(@D)/bin/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || { \
+	$(1) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "Python 3.11 or later is needed: PYTHON=/path/to/python3 names one"; exit 1; }; \
+	echo "making $(@D)"; $(1) -m venv --clear $(@D); }
+@echo "installing $<"
+@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+@touch $@
+endef
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
 lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names

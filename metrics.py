@@ -42,6 +42,7 @@ _DEPENDENCY_ERRORS = Counter(
     "Failures of what is behind this server that clients saw, or nobody",
     ("error_type", "seen_by"),
 )
+# OpenTelemetry's name, as its exporter for Prometheus writes it; promtool would keep `_count` for histograms.
 CONNECTIONS = Gauge("db_client_connection_count", "Connections to the database", ("db_client_connection_state",))
 MAX_CONNECTIONS = Gauge("db_client_connection_max", "Connections to the database that there can be")
 CONNECT_FAILURES = Counter("db_client_connect_failures", "Connections to the database that could not be made")

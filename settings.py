@@ -122,5 +122,6 @@ def table(declaration: type[Any]) -> str:
         kind, meaning, shown = (field.metadata[name] for name in ("kind", "meaning", "shown"))
         default = str(field.default) if shown is None else shown
         expected = "" if kind is TEXT else f" ({kind.expected})"
-        rows.append(f"  {field.name.upper():18} {default:22} {meaning}{expected}")
-    return "\n".join(rows)
+        rows.append((field.name.upper(), default, meaning + expected))
+    names, defaults = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"  {name:{names}}  {default:{defaults}}  {meaning}" for name, default, meaning in rows)

@@ -3,25 +3,38 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import ROOT, eventually, reserve_port
+from kit import ROOT, child_pids, eventually, reserve_port
 from kit.client import get
-from kit.postgres import Database, make_folder
+from kit.postgres import Database
 from kit.processes import Server
+
+# What a user's machine may hold: variables that libpq reads, and a locale that is not installed.
+ODD: dict[str, Any] = {
+    "PGHOST": "elsewhere.invalid",
+    "PGPORT": 1,
+    "PGUSER": "x",
+    "PGSSLMODE": "require",
+    "LC_ALL": "xx_XX",
+}
 
 
 @pytest.fixture
-def folder(session_folder: Path) -> Iterator[Path]:
-    """A copy of what the project's folder holds, without its data."""
-    folder = make_folder("clone-", session_folder)
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A copy of what the project's folder holds, without its data, where nobody else may enter."""
+    folder = tmp_path / "it's a clone"
+    folder.mkdir(mode=0o700)
     for file in ROOT.iterdir():
-        if file.suffix in (".py", ".sql", ".html", ".yaml"):
+        if file.suffix in (".py", ".sql", ".html", ".yaml") or file.name == "Makefile":
             shutil.copy(file, folder)
-    shutil.copytree(ROOT / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tools", "requirements"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     yield folder
     shutil.rmtree(folder)
 
@@ -33,7 +46,8 @@ class LocalStack:
         with reserve_port() as gateway, reserve_port() as service:
             self.ports = gateway.getsockname()[1], service.getsockname()[1]
         ports = {"GATEWAY_PORT": self.ports[0], "MESSAGE_SERVICE_PORT": self.ports[1]}
-        self.process = Server("local_stack", "tools/local_stack.py", cwd=folder, PORT=None, **(ports | settings))
+        command = ("-u", "-m", "tools.local_stack")
+        self.process = Server("local_stack", *command, cwd=folder, PORT=None, **(ODD | ports | settings))
 
     @property
     def said(self) -> str:
@@ -48,6 +62,10 @@ class LocalStack:
     async def stop(self) -> None:
         """Press Ctrl-C, which signals every process of the terminal's foreground."""
         os.killpg(self.process.pid, signal.SIGINT)
+        await self.ended()
+
+    async def ended(self) -> None:
+        """Return when it has ended well."""
         assert await self.process.exit_status(within=20) == 0
         assert "Traceback" not in self.said
         self.process.noise.clear()
@@ -79,6 +97,22 @@ async def test_it_starts_answers_stops_and_keeps_its_data(folder: Path) -> None:
     await stack.stop()
 
 
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def test_many_signals_leave_nothing_behind(folder: Path) -> None:
+    """Whoever asks impatiently gets what one SIGTERM does: every process ends."""
+    stack = LocalStack(folder)
+    await stack.started()
+    children = child_pids(stack.process.pid)
+    assert len(children) == 3
+    while not stack.process.logged(message="draining"):
+        stack.process.terminate()
+    await stack.ended()
+    assert not [pid for pid in children if runs(pid)]
+
+
 async def test_with_a_database_of_ones_own_it_starts_none(folder: Path, database: Database) -> None:
     """DB_HOST and the others name it."""
     stack = LocalStack(folder, **database.settings())
@@ -89,14 +123,42 @@ async def test_with_a_database_of_ones_own_it_starts_none(folder: Path, database
 
 
 @pytest.mark.parametrize("part", ["GATEWAY_PORT", "MESSAGE_SERVICE_PORT"])
-async def test_a_port_in_use_is_one_clear_line(folder: Path, database: Database, part: str) -> None:
-    """It stops what it has started and ends with status 1."""
+async def test_a_port_in_use_is_one_clear_line(folder: Path, part: str) -> None:
+    """It says which variable names another port, announces nothing, starts nothing and ends with status 1."""
     with reserve_port() as taken:
         taken.listen()
         port = taken.getsockname()[1]
-        stack = LocalStack(folder, **database.settings(), **{part: port})
+        stack = LocalStack(folder, **{part: port})
         assert await stack.process.exit_status(within=20) == 1
-    assert len([line for line in stack.process.noise if str(port) in line]) == 1
-    assert "Traceback" not in stack.said
+    assert stack.said == f"cannot listen on port {port}: Address already in use; set {part} to another port\n"
+    assert not (folder / ".data").exists()
     stack.process.noise.clear()
     stack.process.close()
+
+
+def make(folder: Path, *arguments: str) -> str:
+    """What `make` says when there is no package index; it fails."""
+    environment = {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    command = ["make", "run", *arguments]
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode
+    return result.stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_a_python_that_is_too_old_is_one_clear_line(folder: Path) -> None:
+    """It says which version is needed and how to name it."""
+    said = make(folder, f"PYTHON={shutil.which('false')}")
+    assert said == "Python 3.11 or later is needed: PYTHON=/path/to/python3 names one\n"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_a_half_made_environment_is_made_again(folder: Path) -> None:
+    """An interrupted first `make run` needs no `rm -rf .venv`."""
+    programs = folder / ".venv/bin"
+    programs.mkdir(parents=True)
+    (programs / "python").symlink_to(sys.executable)
+    assert make(folder, f"PYTHON={sys.executable}").startswith("making .venv\ninstalling requirements/local.txt\n")
+    assert (programs / "activate").exists()

@@ -161,7 +161,22 @@ async def test_each_metric_has_help_and_a_unit(system: System) -> None:
         assert re.findall(r"^# HELP (\S+) *$", text, re.MULTILINE) == []
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)")
+PROMTOOL = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)")
+
+
+@PROMTOOL
+async def test_promtool_finds_no_fault_but_one_name(system: System) -> None:
+    """Prometheus' linter refuses nothing but the name that OpenTelemetry prescribes."""
+    await get(system.gateway.url + "/api/string")
+    found = []
+    for server in (system.gateway, system.service):
+        text = (await get(server.url + "/metrics")).body
+        linted = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)  # noqa: ASYNC221
+        found += [line.split()[0] for line in linted.stderr.decode().splitlines()]
+    assert found == ["db_client_connection_count"]
+
+
+@PROMTOOL
 def test_alerts() -> None:
     """Each alert calls when its fault is there, and none when all is well."""
     command = ["promtool", "test", "rules", "alerts_test.yaml"]

@@ -38,6 +38,11 @@ def test_it_is_valid(description: dict[str, Any]) -> None:
     openapi_spec_validator.validate(description)
 
 
+def test_client_generators_keep_every_body() -> None:
+    """They merge `enum` with a problem's fields, but drop the whole body where they meet `const`."""
+    assert "const:" not in FILE.read_text()
+
+
 def test_it_is_of_this_version(description: dict[str, Any]) -> None:
     """The version that the servers log."""
     assert description["info"]["version"] == server.VERSION
@@ -48,7 +53,7 @@ async def test_it_lists_the_routes_that_there_are(description: dict[str, Any]) -
     there_are = {resource.canonical for resource in gateway.application(gateway.Settings()).router.resources()}
     assert description["paths"].keys() == there_are
     for path, operations in description["paths"].items():
-        assert operations.keys() == {"get", "head"}, path
+        assert operations.keys() == {"get", "head", "options"}, path
 
 
 async def test_the_gateway_serves_it(system: System) -> None:
@@ -71,15 +76,15 @@ def test_schemathesis_finds_nothing(system: System, tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "Operations:       12 selected / 12 total" in ended.stdout
+    assert "Operations:       18 selected / 18 total" in ended.stdout
 
 
-async def check(url: str, path: str, *expected: object) -> None:
+async def check(url: str, path: str, *expected: object, **request: Any) -> None:
     """The answers to GET and HEAD are `expected` (status, type's last part, failed part) and as described."""
     operations = schemathesis.openapi.from_path(FILE)[path]
     for method in ("GET", "HEAD"):
         answer = await asyncio.to_thread(
-            operations[method].Case().call_and_validate, base_url=url, excluded_checks=[not_a_server_error]
+            operations[method].Case(**request).call_and_validate, base_url=url, excluded_checks=[not_a_server_error]
         )
         status = answer.status_code
         if method == "GET":
@@ -110,6 +115,14 @@ async def test_every_failure_is_as_described(start: Start, database: Database) -
     await check(url, "/api/string", 503, "unavailable", "message_service")
     other = await start("gateway", DOWNSTREAM_URL=url)
     await check(other.url, "/api/string", 502, "bad-downstream", "message_service")
+
+
+async def test_what_no_route_sees_is_as_described(system: System) -> None:
+    """A target and a header field that are too long, and an expectation that nobody can meet."""
+    url = system.gateway.url
+    await check(url, "/healthz", 414, "blank", None, query={"q": "x" * 17_000})
+    await check(url, "/healthz", 431, "blank", None, headers={"Cookie": "x" * 17_000})
+    await check(url, "/healthz", 417, "blank", None, headers={"Expect": "magic"})
 
 
 async def test_a_server_that_is_about_to_stop_is_as_described(start: Start) -> None:

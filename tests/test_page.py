@@ -8,16 +8,17 @@ import itertools
 import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import pytest_asyncio
 from axe_playwright_python.async_playwright import Axe
 from conftest import Start, System
-from kit import eventually, reserve_port
+from kit import ROOT, eventually, reserve_port
 from kit.client import get
-from kit.postgres import Cluster
-from kit.processes import Server
+from kit.postgres import Cluster, Database
+from kit.processes import Server, run
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, Route, ViewportSize, async_playwright
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one browser for all tests
@@ -129,6 +130,21 @@ async def test_curl_is_told_where_the_api_is(system: System) -> None:
     assert "curl http://localhost:8000/api/string" in first
     assert "/openapi.yaml" in first
     assert "/metrics" in first
+
+
+async def test_it_works_from_a_checkout_with_crlf(
+    start: Start, show: Show, empty_database: Database, tmp_path: Path
+) -> None:
+    """The browser runs its script and shows the message that schema.sql put there."""
+    for file in ROOT.iterdir():
+        if file.suffix in (".html", ".py", ".sql", ".yaml"):
+            (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    settings = empty_database.settings()
+    applied = run(str(tmp_path / "message_service.py"), "--apply-schema", **settings)
+    assert applied.returncode == 0, applied.stderr
+    service = await start("message_service", cwd=tmp_path, **settings)
+    gateway = await start("gateway", cwd=tmp_path, DOWNSTREAM_URL=service.url)
+    assert (await shown(await show(gateway.url))).startswith("Hello from PostgreSQL!")
 
 
 async def test_it_shows_the_message_and_what_it_took(system: System, show: Show) -> None:

