@@ -12,16 +12,16 @@ BIN := .venv/bin
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-run: .venv/.local  ## the whole system on this machine: PostgreSQL, message service, gateway
+run: .venv/.local  ## the whole system on this machine, PostgreSQL included; half a minute the first time, then seconds
 	@$(BIN)/python -u -m tools.local_stack
 
-test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets
+test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two idle cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-faults: .venv/.dev  ## break everything under load, for some minutes; writes the table in docs/faults.md
+faults: .venv/.dev  ## break everything under load, 3 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "" tests/faults
 
-check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
+check: .venv/.dev  ## lint, types, containers, Kubernetes schemas; 20 s
 	@echo "ruff: lint"; $(BIN)/ruff check --quiet .
 	@echo "ruff: format"; $(BIN)/ruff format --quiet --diff .
 	@echo "mypy"; $(BIN)/mypy --no-error-summary
@@ -33,7 +33,7 @@ check: .venv/.dev  ## lint, types, containers, Kubernetes schemas
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
-aws: .venv/.dev .venv/.aws  ## lint aws/template.yaml, test what it allows, and find thousands of faults put into it; without AWS
+aws: .venv/.dev .venv/.aws  ## lint aws/template.yaml, test what it allows, and find thousands of faults put into it, 1 minute; without AWS
 	$(BIN)/python -m pytest tests/aws
 
 bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s

@@ -9,9 +9,10 @@ from kit import ROOT
 
 import gateway
 import message_service
+import server
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = [field for service in (gateway, message_service) for field in dataclasses.fields(service.Settings)]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -26,6 +27,22 @@ def test_each_setting_is_in_the_table(name: str) -> None:
         if field.name.upper() == name and not field.metadata["shown"] and field.default is not None:
             default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
             assert default in cell
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "k8s.yaml", "openapi.yaml", "docs/aws.md", "docs/kubernetes.md"])
+def test_the_version_is_the_servers(file: str) -> None:
+    """What cannot read the version in server.py repeats it."""
+    repeated = r"(?:image\.version=\"|^  version: |\bmessages:)(\d+\.\d+\.\d+)"
+    assert set(re.findall(repeated, (ROOT / file).read_text(), re.MULTILINE)) == {server.VERSION}
+
+
+def test_ci_runs_targets_that_there_are() -> None:
+    """And those that .ci/run has, but the faults."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    local = (ROOT / ".ci/run").read_text()
+    assert set(re.findall(r"run: make (\w+)", workflow)) == set(re.findall(r"^make (\w+)", local, re.MULTILINE)) - {
+        "faults"
+    }
 
 
 def anchors(page: Path) -> set[str]:

@@ -21,7 +21,6 @@ from kit.postgres import Database
 from schemathesis.checks import not_a_server_error
 
 import gateway
-import server
 
 FILE = ROOT / "openapi.yaml"
 TRANSPORT = {"Content-Type", "Content-Length", "Connection"}  # of HTTP itself, not described
@@ -41,11 +40,6 @@ def test_it_is_valid(description: dict[str, Any]) -> None:
 def test_client_generators_keep_every_body() -> None:
     """They merge `enum` with a problem's fields, but drop the whole body where they meet `const`."""
     assert "const:" not in FILE.read_text()
-
-
-def test_it_is_of_this_version(description: dict[str, Any]) -> None:
-    """The version that the servers log."""
-    assert description["info"]["version"] == server.VERSION
 
 
 async def test_it_lists_the_routes_that_there_are(description: dict[str, Any]) -> None:
