@@ -1,58 +1,56 @@
-"""How cost grows with load: a model of few lines, with constants that `make scaling` measures.
+"""How cost grows with load: a model of few lines, whose constants `make scaling` measures.
 
-The load on each part follows from one law, that of the coalescer, used for the gateways and for the message services.
-CPU time is linear in what a process does. Nothing here knows how many clients there are: the law is about requests.
+The load on each part follows from one law, that of the coalescer, applied to the gateways and to the message services.
+CPU time is linear in what a process does. Nothing here knows the number of clients: only requests cost anything.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-MAX_ADDED_DELAY = 0.005  # as in coalescing.py
-LIMIT = 4  # runs in flight: MAX_CALLS of gateway.py, the default of DB_POOL_SIZE
-TARGET = 0.7  # share of one core that a process is planned to use, the autoscalers' in k8s.yaml
+MAX_ADDED_DELAY = 0.005  # seconds, as in coalescing.py
+LIMIT = 4  # runs in flight: MAX_CALLS of gateway.py, and the default of DB_POOL_SIZE
+TARGET = 0.7  # of one core, which is what one process is planned to use
 LEAST = 2  # replicas, so that one may fail
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What one machine and one version cost. Times in seconds, CPU in seconds of one core."""
+    """What one machine and one version cost, in seconds and bytes. CPU is in seconds of one core."""
 
     gateway_request: float  # CPU
-    gateway_run: float  # CPU
+    gateway_call: float  # CPU
+    call: (
+        float  # from the start of a call to that of the next when somebody waits, in a gateway with nothing else to do
+    )
     service_call: float  # CPU
     service_query: float  # CPU
-    postgres_query: float  # CPU
-    call: float  # from the start of a call to its answer
-    call_turn: float  # from its answer to the start of the next, when somebody waits
     query: float  # as `call`, for the message service's query
-    query_turn: float
+    postgres_query: float  # CPU
     connection_bytes: float  # memory of a gateway for a client's connection
-    answer_bytes: float  # on the wire, of one answer and its request
+    transfer_bytes: float  # a request and its answer
 
 
-def runs(rate: float, seconds: float, limit: int = LIMIT) -> float:
-    """Runs per second of one coalescer that is asked `rate` times a second, at random, when runs take `seconds`.
+def runs(rate: float, seconds: float, work: float) -> float:
+    """Runs per second of one coalescer that is asked `rate` times a second, at random.
 
-    With one run in flight, a run starts when the one before it has ended and somebody waits; if nobody came meanwhile
-    (for Poisson arrivals: with probability e^-rate·seconds), when the next caller comes, after 1/rate on average.
-    Runs that take longer than MAX_ADDED_DELAY overlap, since no batch waits longer than that for its start.
+    `seconds` is the time from the start of a run to that of the next when somebody waits and the process has nothing
+    else to do. Each request takes `work` seconds of its one core, which makes runs longer in proportion.
+
+    A batch starts when a run ends, or MAX_ADDED_DELAY after its first caller, who comes 1/rate after the start before.
+    So a run that takes long has that many others beside it. If nobody waits when it ends (with Poisson arrivals:
+    probability e^-rate·time since the newest start), a run starts for the next caller: at once if none is in flight.
     """
-    interval = seconds / min(math.ceil(seconds / MAX_ADDED_DELAY), limit)
-    return 1 / (interval + math.exp(-rate * interval) / rate)
-
-
-def interval(rate: float, measured: float) -> float:
-    """Seconds from one run to the next when somebody waits: what `runs` needs to give the measured runs per second."""
-    low, high = 0.0, 1 / measured
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if middle + math.exp(-rate * middle) / rate > 1 / measured else (middle, high)
-    return low
+    lasts = seconds / max(1 - rate * work, 0.1)
+    timed = MAX_ADDED_DELAY + 1 / rate
+    in_flight = min(math.ceil(lasts / timed), LIMIT)
+    nobody_waits = math.exp(-rate * (lasts - (in_flight - 1) * timed))
+    return in_flight / (lasts + nobody_waits * (timed if in_flight > 1 else 1 / rate))
 
 
 @dataclass(frozen=True)
 class Load:
-    """What so many requests per second ask of each part. CPU in cores, all replicas together."""
+    """What so many requests per second ask of so many replicas. CPU is in cores, all replicas together."""
 
     requests: float
     gateways: int
@@ -63,44 +61,58 @@ class Load:
     service_cpu: float
     postgres_cpu: float
 
+    @property
+    def cpu(self) -> float:
+        return self.gateway_cpu + self.service_cpu + self.postgres_cpu
 
-def load(
-    constants: Constants, requests: float, gateways: int, services: int, call: float = 0, query: float = 0
-) -> Load:
-    """The load on so many replicas; `call` and `query` replace the constants where they have been measured."""
-    call_interval = (call or constants.call) + constants.call_turn
-    query_interval = (query or constants.query) + constants.query_turn
-    calls = gateways * runs(requests / gateways, call_interval)
-    queries = services * runs(calls / services, query_interval)
+
+def load(it: Constants, requests: float, gateways: int, services: int, slower: float = 0.0) -> Load:
+    """The load on each part, when queries take `slower` seconds longer than where the constants come from."""
+    calls = gateways * runs(requests / gateways, it.call + slower, it.gateway_request)
+    queries = services * runs(calls / services, it.query + slower, it.service_call)
     return Load(
         requests,
         gateways,
         services,
         calls,
         queries,
-        requests * constants.gateway_request + calls * constants.gateway_run,
-        calls * constants.service_call + queries * constants.service_query,
-        queries * constants.postgres_query,
+        requests * it.gateway_request + calls * it.gateway_call,
+        calls * it.service_call + queries * it.service_query,
+        queries * it.postgres_query,
     )
 
 
-def plan(constants: Constants, requests: float) -> Load:
-    """As few replicas as keep every process below `TARGET`."""
-    gateways = services = LEAST
-    while (it := load(constants, requests, gateways, services)).gateway_cpu > TARGET * gateways:
-        gateways = max(gateways + 1, math.ceil(requests * constants.gateway_request / TARGET))
-    while (it := load(constants, requests, gateways, services)).service_cpu > TARGET * services:
+def plan(it: Constants, requests: float) -> Load:
+    """As few replicas as keep every process below `TARGET`, and no fewer than `LEAST` of a kind."""
+    gateways, services = max(LEAST, math.ceil(requests * it.gateway_request / TARGET)), LEAST
+    while load(it, requests, gateways, services).gateway_cpu > TARGET * gateways:
+        gateways += 1
+    while load(it, requests, gateways, services).service_cpu > TARGET * services:
         services += 1
-    return it
+    return load(it, requests, gateways, services)
 
 
-def fit(points: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """The costs a and b, neither below zero, for which a·x + b·y is nearest to each z, by relative error."""
+def requests_for(target: float, function: Callable[[float], float]) -> float:
+    """The requests per second for which a function that grows with them reaches the target."""
+    low, high = 1.0, 1e9
+    while high > low * 1.0001:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if function(middle) < target else (low, middle)
+    return low
+
+
+def fit_costs(points: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """The costs a and b, neither below zero, for which a·x + b·y comes nearest to each z, by relative error."""
     xs, ys = [x / z for x, _, z in points], [y / z for _, y, z in points]
     xx, yy, xy = (sum(p * q for p, q in zip(*pair, strict=True)) for pair in ((xs, xs), (ys, ys), (xs, ys)))
-    x1, y1 = sum(xs), sum(ys)
-    determinant = xx * yy - xy * xy
-    a, b = (x1 * yy - y1 * xy) / determinant, (y1 * xx - x1 * xy) / determinant
-    if a < 0:
-        return 0.0, y1 / yy
-    return (x1 / xx, 0.0) if b < 0 else (a, b)
+    x, y = sum(xs), sum(ys)
+    a, b = x * yy - y * xy, y * xx - x * xy
+    if a <= 0 or b <= 0:
+        return (0.0, y / yy) if a <= 0 else (x / xx, 0.0)
+    return a / (xx * yy - xy * xy), b / (xx * yy - xy * xy)
+
+
+def fit_seconds(points: list[tuple[float, float]], work: float) -> float:
+    """The `seconds` for which `runs` comes nearest to each number of runs measured at each rate, by relative error."""
+    candidates = [1e-5 * 1.005**step for step in range(1500)]
+    return min(candidates, key=lambda it: sum((runs(rate, it, work) / seen - 1) ** 2 for rate, seen in points))
