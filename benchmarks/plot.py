@@ -128,8 +128,7 @@ def growth(title: str, axis: str, positions: list[int], lines: list[Line]) -> st
         marks.append(f'<path d="M{left} {y(tick):.1f}H{right}" style="stroke: var(--line)"/>')
         marks.append(text(left - 10, y(tick) + 4, f"{tick:,g}", "soft end"))
         tick *= 10
-    for position in positions:
-        marks.append(text(x(position), bottom + 22, f"{position:,}", "soft middle"))
+    marks += [text(x(position), bottom + 22, f"{position:,}", "soft middle") for position in positions]
     marks.append(text((left + right) / 2, bottom + 46, axis, "soft middle"))
     for line in lines:
         points = [(x(position), y(value), value) for position, value in zip(positions, line.values, strict=True)]

@@ -23,10 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import scaling_report
 from bench import Wrk, busy_seconds, cpu_seconds, describe_machine
 from open_loop import REQUEST, ask, connect, receive
 from scaling_model import Constants, fit_costs, fit_seconds, load, requests_for
-from stack import ROOT, SYSTEMS, Failure, Postgres, check, postgres, serve
+from stack import SYSTEMS, Failure, Postgres, check, postgres, serve
 
 SYSTEM = SYSTEMS[0]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)]  # gateways, message services
@@ -227,9 +228,12 @@ def main() -> None:
         "calibration": points,
         "layouts": layouts,
     }
-    output = ROOT / "benchmarks" / "results" / ("partial" if sys.argv[1:] else "")
+    output = scaling_report.RESULTS / ("partial" if sys.argv[1:] else "")
     output.mkdir(exist_ok=True)
     (output / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(scaling_report.body(results))
+    if output == scaling_report.RESULTS:
+        scaling_report.write(results)
 
 
 if __name__ == "__main__":
