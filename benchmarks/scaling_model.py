@@ -48,6 +48,19 @@ def runs(rate: float, seconds: float, work: float) -> float:
     return in_flight / (lasts + nobody_waits * (timed if in_flight > 1 else 1 / rate))
 
 
+def runs_for(sources: float, rate: float, seconds: float, work: float) -> float:
+    """`runs`, where few processes ask, each of which waits for its answer before it asks again.
+
+    Then fewer than `runs` expects share a run: with one source nobody does. Each other source has asked by the end of a
+    run with the same probability, and if none has, the next run has one caller.
+    """
+    lasts = seconds / max(1 - rate * work, 0.1)
+    share = rate / sources * lasts  # of the time that a source waits for its own run
+    has_asked = 1 - math.exp(-share / max(1 - share, 0.2))
+    callers = (sources - 1) * has_asked + (1 - has_asked) ** (sources - 1)
+    return max(runs(rate, seconds, work), rate / callers)
+
+
 @dataclass(frozen=True)
 class Load:
     """What so many requests per second ask of so many replicas. CPU is in cores, all replicas together."""
@@ -67,9 +80,10 @@ class Load:
 
 
 def load(it: Constants, requests: float, gateways: int, services: int, slower: float = 0.0) -> Load:
-    """The load on each part, when queries take `slower` seconds longer than where the constants come from."""
+    """The load on each part, when calls and queries take `slower` seconds longer than where the constants come from."""
     calls = gateways * runs(requests / gateways, it.call + slower, it.gateway_request)
-    queries = services * runs(calls / services, it.query + slower, it.service_call)
+    sources = max(1.0, gateways / services)
+    queries = services * runs_for(sources, calls / services, it.query + slower, it.service_call)
     return Load(
         requests,
         gateways,
@@ -82,14 +96,14 @@ def load(it: Constants, requests: float, gateways: int, services: int, slower: f
     )
 
 
-def plan(it: Constants, requests: float) -> Load:
+def plan(it: Constants, requests: float, slower: float = 0.0) -> Load:
     """As few replicas as keep every process below `TARGET`, and no fewer than `LEAST` of a kind."""
     gateways, services = max(LEAST, math.ceil(requests * it.gateway_request / TARGET)), LEAST
-    while load(it, requests, gateways, services).gateway_cpu > TARGET * gateways:
+    while load(it, requests, gateways, services, slower).gateway_cpu > TARGET * gateways:
         gateways += 1
-    while load(it, requests, gateways, services).service_cpu > TARGET * services:
+    while load(it, requests, gateways, services, slower).service_cpu > TARGET * services:
         services += 1
-    return load(it, requests, gateways, services)
+    return load(it, requests, gateways, services, slower)
 
 
 def requests_for(target: float, function: Callable[[float], float]) -> float:

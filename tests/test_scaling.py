@@ -1,10 +1,13 @@
 """The model of benchmarks/scaling_model.py: its law against the real coalescer, its arithmetic, the page made of it."""
 
 import asyncio
+import dataclasses
 import json
-import random
+import re
 import selectors
 import sys
+from collections.abc import Sequence
+from random import Random
 
 import pytest
 from kit import ROOT
@@ -47,37 +50,67 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         return self.now
 
 
-def simulate(rate: float, seconds: float, callers: int = 2000) -> float:
-    """Runs per second of a real coalescer whose callers come at random, and whose runs take so long."""
-    arrivals, runs, loop = random.Random(1), 0, SimulatedLoop()
+async def ask_at_random(rate: float, ask: Sequence[Coalescer[None]], callers: int = 1500) -> None:
+    """Let so many callers a second ask one of these each."""
+    random = Random(1)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            await asyncio.sleep(random.expovariate(rate))
+            group.create_task(random.choice(ask)())
 
-    async def run() -> None:
-        nonlocal runs
-        runs += 1
-        await asyncio.sleep(seconds)
 
-    async def simulation() -> float:
-        coalescer = Coalescer(run, limit=model.LIMIT, timeout=60, patience=60)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(callers):
-                await asyncio.sleep(arrivals.expovariate(rate))
-                group.create_task(coalescer())
-            return runs / loop.now
+def simulate(rate: float, gateways: int, services: int, call: float, query: float) -> tuple[float, float]:
+    """Calls and queries per second of real coalescers, one in each replica.
 
+    `query` is how long a query takes, `call` how long a call takes without it.
+    """
+    calls = queries = 0
+    loop = SimulatedLoop()
+
+    async def run_query() -> None:
+        nonlocal queries
+        queries += 1
+        await asyncio.sleep(query)
+
+    def gateway(service: Coalescer[None]) -> Coalescer[None]:
+        async def run_call() -> None:
+            nonlocal calls
+            calls += 1
+            await asyncio.sleep(call)
+            await service()
+
+        return Coalescer(run_call, limit=model.LIMIT, timeout=60, patience=60)
+
+    asked = [Coalescer(run_query, limit=model.LIMIT, timeout=60, patience=60) for _ in range(services)]
+    asking = [gateway(asked[number % services]) for number in range(gateways)]
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        return runner.run(simulation())
+        runner.run(ask_at_random(rate, asking))
+        return calls / loop.now, queries / loop.now
 
 
-@pytest.mark.parametrize("seconds", [0.0005, 0.002, 0.004, 0.008, 0.016, 0.05])
-@pytest.mark.parametrize("rate", [10, 100, 300, 1000, 5000])
+@pytest.mark.parametrize("seconds", [0.0005, 0.002, 0.008, 0.05])
+@pytest.mark.parametrize("rate", [30, 300, 3000])
 def test_law(rate: float, seconds: float) -> None:
     """The model knows how often a coalescer runs; less exactly where runs overlap."""
-    error = 0.02 if seconds < MAX_ADDED_DELAY else 0.25
-    assert model.runs(rate, seconds, work=0) == pytest.approx(simulate(rate, seconds), rel=error)
+    error = 0.05 if seconds < MAX_ADDED_DELAY else 0.25
+    calls, _ = simulate(rate, gateways=1, services=1, call=seconds, query=0)
+    assert model.runs(rate, seconds, work=0) == pytest.approx(calls, rel=error)
 
 
-def test_same_constants() -> None:
-    """The model counts with the limits of the servers as they are."""
+@pytest.mark.parametrize(("gateways", "services"), [(1, 1), (2, 1), (4, 1), (4, 2), (20, 1)])
+def test_chain(gateways: int, services: int) -> None:
+    """The model knows how many calls and queries several gateways and message services make."""
+    rate = 1000 * gateways
+    ideal = dataclasses.replace(CONSTANTS, gateway_request=0, service_call=0)  # no process is busy with anything
+    load = model.load(ideal, rate, gateways, services)
+    measured = simulate(rate, gateways, services, CONSTANTS.call - CONSTANTS.query, CONSTANTS.query)
+    assert (load.calls, load.queries) == pytest.approx(measured, rel=0.1)
+
+
+def test_same_limits() -> None:
+    """The model counts with the limits of the servers and of k8s.yaml as they are."""
+    maxima = re.findall(r"maxReplicas: (\d+)", (ROOT / "k8s.yaml").read_text())
+    assert tuple(map(int, maxima)) == scaling_report.MAX_REPLICAS
     assert model.MAX_ADDED_DELAY == MAX_ADDED_DELAY
     assert model.LIMIT == MAX_CALLS == message_service.Settings().db_pool_size
 
