@@ -219,6 +219,8 @@ def main() -> None:
             machine = describe_machine(database)
     except (Failure, OSError) as failure:
         sys.exit(str(failure))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: everything is stopped, nothing is written")
     results = {
         "machine": {name: machine[name] for name in ("processor", "kernel", "Python", "PostgreSQL", "commit", "date")},
         "load_average": load_average,

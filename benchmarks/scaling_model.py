@@ -57,7 +57,7 @@ def runs_for(sources: float, rate: float, seconds: float, work: float) -> float:
     lasts = seconds / max(1 - rate * work, 0.1)
     share = rate / sources * lasts  # of the time that a source waits for its own run
     has_asked = 1 - math.exp(-share / max(1 - share, 0.2))
-    callers = (sources - 1) * has_asked + (1 - has_asked) ** (sources - 1)
+    callers = (sources - 1) * has_asked + math.pow(1 - has_asked, sources - 1)
     return max(runs(rate, seconds, work), rate / callers)
 
 
