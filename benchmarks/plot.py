@@ -110,7 +110,7 @@ class Line:
 
 def growth(title: str, axis: str, positions: list[int], lines: list[Line]) -> str:
     """Quantities that grow with another, both axes logarithmic."""
-    left, right, top, bottom = 80, 690, 60, 330
+    left, right, top, bottom = 92, 690, 60, 330
     values = [value for line in lines for value in line.values]
     highest = 10 ** math.ceil(math.log10(max(values)))
     lowest = 10 ** math.floor(math.log10(max(0.1, 0.6 * min(values))))
@@ -126,7 +126,7 @@ def growth(title: str, axis: str, positions: list[int], lines: list[Line]) -> st
     tick = lowest
     while tick <= highest:
         marks.append(f'<path d="M{left} {y(tick):.1f}H{right}" style="stroke: var(--line)"/>')
-        marks.append(text(left - 10, y(tick) + 4, f"{tick:,g}", "soft end"))
+        marks.append(text(left - 10, y(tick) + 4, f"{tick:,.10g}", "soft end"))
         tick *= 10
     marks += [text(x(position), bottom + 22, f"{position:,}", "soft middle") for position in positions]
     marks.append(text((left + right) / 2, bottom + 46, axis, "soft middle"))
