@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 
-.PHONY: help run test faults check aws lock clean bench budget
+.PHONY: help run test faults check aws lock clean bench budget scaling
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin 
 
 budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## where each microsecond of a request goes, 3 minutes
 	@.venv-bench/bin/python benchmarks/budget.py $(BENCH_OPTIONS)
+
+scaling: .venv-bench/.installed  ## how cost grows with load, 8 minutes on a quiet machine; writes the numbers in docs/scaling.md
+	@.venv-bench/bin/python benchmarks/scaling.py $(BENCH_OPTIONS)
 
 # The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)

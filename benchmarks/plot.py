@@ -1,4 +1,4 @@
-"""The plots, as SVG written by hand: bars of the systems side by side, and PostgreSQL's load while clients grow.
+"""The plots, as SVG written by hand: bars of the systems side by side, and quantities that grow.
 
 Rules: a plot draws its own background and follows the reader's light or dark preference, so that it is readable
 anywhere; every mark carries its number; nothing but the standard library.
@@ -97,36 +97,45 @@ def bars(rows: list[Row], clients: int) -> str:
     return document(900, int(y + 36), "A string from PostgreSQL, through two HTTP services", marks)
 
 
-def growth(points: list[tuple[int, float, float]]) -> str:
-    """Requests and queries per second over the number of clients, both axes logarithmic."""
-    left, right, top, bottom = 80, 690, 60, 330
-    highest = 10 ** math.ceil(math.log10(max(max(p[1:]) for p in points)))
-    lowest = 10 ** math.floor(math.log10(max(0.1, 0.6 * min(min(p[1:]) for p in points))))
-    span = math.log(points[-1][0] / points[0][0]) or 1.0
+@dataclass(frozen=True)
+class Line:
+    """One quantity over the plot's horizontal axis."""
 
-    def x(clients: int) -> float:
-        return left + math.log(clients / points[0][0]) / span * (right - left)
+    name: str
+    colour: str
+    values: list[float]
+    above: int
+    """How far its numbers are above the line; below, if that is negative."""
 
-    def y(rate: float) -> float:
-        return bottom - math.log(max(rate, lowest) / lowest) / math.log(highest / lowest) * (bottom - top)
+
+def growth(title: str, axis: str, positions: list[int], lines: list[Line]) -> str:
+    """Quantities that grow with another, both axes logarithmic."""
+    left, right, top, bottom = 92, 690, 60, 330
+    values = [value for line in lines for value in line.values]
+    highest = 10 ** math.ceil(math.log10(max(values)))
+    lowest = 10 ** math.floor(math.log10(max(0.1, 0.6 * min(values))))
+    span = math.log(positions[-1] / positions[0]) or 1.0
+
+    def x(position: int) -> float:
+        return left + math.log(position / positions[0]) / span * (right - left)
+
+    def y(value: float) -> float:
+        return bottom - math.log(max(value, lowest) / lowest) / math.log(highest / lowest) * (bottom - top)
 
     marks = []
     tick = lowest
     while tick <= highest:
         marks.append(f'<path d="M{left} {y(tick):.1f}H{right}" style="stroke: var(--line)"/>')
-        marks.append(text(left - 10, y(tick) + 4, f"{tick:,g}", "soft end"))
+        marks.append(text(left - 10, y(tick) + 4, f"{tick:,.10g}", "soft end"))
         tick *= 10
-    for clients, *_ in points:
-        marks.append(text(x(clients), bottom + 22, f"{clients:,}", "soft middle"))
-    marks.append(text((left + right) / 2, bottom + 46, "clients", "soft middle"))
-    lines = [("requests/s", "--bar", -10), ("queries/s in PostgreSQL", "--accent", 20)]
-    for index, (name, colour, above) in enumerate(lines, 1):
-        line = " ".join(f"{x(point[0]):.1f},{y(point[index]):.1f}" for point in points)
-        marks.append(f'<polyline points="{line}" style="fill: none; stroke: var({colour}); stroke-width: 3"/>')
-        for point in points:
-            marks.append(
-                f'<circle cx="{x(point[0]):.1f}" cy="{y(point[index]):.1f}" r="4" style="fill: var({colour})"/>'
-            )
-            marks.append(text(x(point[0]), y(point[index]) + above, f"{point[index]:,.0f}", "middle"))
-        marks.append(text(right + 16, y(points[-1][index]) + 4, name, "head"))
-    return document(900, 400, "Requests, and what PostgreSQL sees of them", marks)
+    marks += [text(x(position), bottom + 22, f"{position:,}", "soft middle") for position in positions]
+    marks.append(text((left + right) / 2, bottom + 46, axis, "soft middle"))
+    for line in lines:
+        points = [(x(position), y(value), value) for position, value in zip(positions, line.values, strict=True)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+        marks.append(f'<polyline points="{path}" style="fill: none; stroke: var({line.colour}); stroke-width: 3"/>')
+        for across, down, value in points:
+            marks.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" style="fill: var({line.colour})"/>')
+            marks.append(text(across, down - line.above, f"{value:,.0f}", "middle"))
+        marks.append(text(right + 16, points[-1][1] + 4, line.name, "head"))
+    return document(900, 400, title, marks)

@@ -222,11 +222,15 @@ def write(results: Results, folder: Path) -> None:
         ]
         (folder / "bench.svg").write_text(plot.bars(rows, shown[0]))
     if flatness.rows:
-        points = [
-            (clients, row["requests_per_second"] or 0, row["queries_per_second"] or 0)
-            for (_, clients), row in sorted(flatness.rows.items())
+        by_clients = dict(sorted(flatness.rows.items())).values()
+        rates = [[row[name] or 0 for row in by_clients] for name in ("requests_per_second", "queries_per_second")]
+        lines = [
+            plot.Line("requests/s", "--bar", rates[0], above=10),
+            plot.Line("queries/s in PostgreSQL", "--accent", rates[1], above=-20),
         ]
-        (folder / "flat.svg").write_text(plot.growth(points))
+        clients = sorted(clients for _, clients in flatness.rows)
+        title = "Requests, and what PostgreSQL sees of them"
+        (folder / "flat.svg").write_text(plot.growth(title, "clients", clients, lines))
 
 
 if __name__ == "__main__":

@@ -315,21 +315,32 @@ def answer(url: str) -> Any:
         return None
 
 
+def serve(
+    command: list[str], what: str, environment: dict[str, str], log: Path, stack: ExitStack
+) -> tuple[psutil.Popen, int]:
+    """Start a server on a port of the loopback that the system chooses, to be stopped with the stack."""
+    child = stack.enter_context(process(command, log, environment | {"HOST": "127.0.0.1", "PORT": "0"}))
+    return child, until(lambda: listening_port(child), child, log, what)
+
+
+def check(url: str, gateway: psutil.Popen, log: Path, what: str) -> None:
+    """Wait for a gateway's first answer, which is to be the sample string."""
+    expected = {"result": "Hello from PostgreSQL! This message was read from the database."}
+    said = until(lambda: answer(url), gateway, log, f"{what}: an answer")
+    if said != expected:
+        raise Failure(f"{what} answers {said!r}, not {expected!r}")
+
+
 def start(system: System, database: Postgres, folder: Path, stack: ExitStack) -> Running:
     """Start a system, to be stopped with the stack; it has answered with the sample string when this returns."""
-    environment = database.environment | system.environment | {"HOST": "127.0.0.1", "PORT": "0"}
+    environment = database.environment | system.environment
     service = None
     if system.service:
         log = folder / f"{system.name}-service.log"
-        service = stack.enter_context(process(system.service, log, environment))
-        port = until(lambda: listening_port(service), service, log, f"{system.title}: message service")
+        service, port = serve(system.service, f"{system.title}: message service", environment, log, stack)
         environment["DOWNSTREAM_URL"] = f"http://127.0.0.1:{port}"
     log = folder / f"{system.name}-gateway.log"
-    gateway = stack.enter_context(process(system.gateway, log, environment))
-    port = until(lambda: listening_port(gateway), gateway, log, f"{system.title}: gateway")
+    gateway, port = serve(system.gateway, f"{system.title}: gateway", environment, log, stack)
     url = f"http://127.0.0.1:{port}/api/string"
-    expected = {"result": "Hello from PostgreSQL! This message was read from the database."}
-    said = until(lambda: answer(url), gateway, log, f"{system.title}: an answer")
-    if said != expected:
-        raise Failure(f"{system.title} answers {said!r}, not {expected!r}")
+    check(url, gateway, log, system.title)
     return Running(system, url, gateway, service)
