@@ -77,7 +77,7 @@ class RunTimeoutError(TimeoutError):
 
 
 class _Caller(Generic[Result]):
-    """One who waits. Callers are numbered in the order of their arrival."""
+    """A caller that waits. Callers are numbered in the order of their arrival."""
 
     __slots__ = ("deadline", "future", "number")
 
@@ -137,12 +137,12 @@ class Coalescer(Generic[Result]):
         self._repeat = repeat
         self._observe = observe
 
-        self._callers: deque[_Caller[Result]] = deque()  # who waits, in the order of arrival; the first and the last do
+        self._callers: deque[_Caller[Result]] = deque()  # in the order of arrival; the first and the last still wait
         self._arrivals = 0
         self._runs: list[_Run] = []  # in the order of their starts, cancelled ones until they have ended
         self._due = math.inf  # when a run is due for the callers whom no run in flight can answer; never without such
         self._reason = "asked"  # why it is
-        self._context = self._run_context = contextvars.Context()  # of who it is due for; of the last run that started
+        self._context = self._run_context = contextvars.Context()  # of the caller it is due for; of the last run's
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = math.inf
 
@@ -287,7 +287,7 @@ class Coalescer(Generic[Result]):
             self._answered(run, result)
 
     def _answered(self, run: _Run, result: Result) -> None:
-        """Settle all who arrived before the run started. What was amiss is over."""
+        """Settle all who arrived before the run started. The trouble is over."""
         settled = 0
         while self._callers and self._callers[0].number <= run.reach:
             caller = self._callers.popleft()

@@ -21,7 +21,7 @@ import threads
 
 FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
 CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL sees that nobody waits for a query any more, and ends it
-# Limits a session in time, where the backend is its own: a pooler has told another number when the session began.
+# Limits a session in time, where the backend is its own: a pooler gives another number when a session begins.
 LIMIT = (
     "SELECT set_config('statement_timeout', %s, false), set_config('client_connection_check_interval', %s, false)"
     " WHERE pg_backend_pid() = %s"

@@ -1,6 +1,6 @@
 """The life of a server: its command line, its settings, its start, and its end step by step.
 
-Rules kept here: what is wrong with the settings or the address is said before anything starts; a server listens at
+Rules kept here: wrong settings and an address in use are reported before anything starts; a server listens at
 once, whatever the state of the parts behind it; and it ends by itself within its time, whatever its clients do.
 """
 
@@ -35,7 +35,7 @@ BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bou
 
 @dataclasses.dataclass(frozen=True)
 class CommonSettings:
-    """What both servers can be told."""
+    """Settings of both servers."""
 
     host: str = setting("", settings.TEXT, "address to listen on", shown="all, IPv4 and IPv6")
     port: int = setting(0, settings.PORT, "where to listen")
@@ -107,7 +107,7 @@ def allow_connections(max_files: int) -> int:
 def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
     """Log errors that no request waits for: a library's own, or a defect of ours. Never silent.
 
-    Without open files left, asyncio tells so some thousand times at once.
+    Without open files left, asyncio reports that some thousand times at once.
     """
     lines = logs.RepeatLog()
 
@@ -125,7 +125,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # IPv6 is switched off, or the port in use: the next line tells
+        with contextlib.suppress(OSError):  # IPv6 is switched off, or the port in use: the next line says which
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
     return socket.create_server(("", port), backlog=BACKLOG)
 

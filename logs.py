@@ -1,7 +1,7 @@
 """Logs: one line for each event on stderr, as JSON or as text for people, that never holds up the event loop.
 
 Rules kept here: every line a process writes comes through here, warnings of libraries included; a reader of stderr
-that has stopped reading costs lines, never time; equal failures are told once at once and then counted.
+that has stopped reading costs lines, never time; the first of equal failures is logged at once, others are counted.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ def describe(error: BaseException) -> str:
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line; what a client sent can not forge a line, since JSON escapes line ends."""
+    """One JSON object a line; what a client sent cannot forge a line, since JSON escapes line ends."""
 
     def __init__(self, service: str) -> None:
         super().__init__()

@@ -224,7 +224,7 @@ class Database:
 def to_problem(error: Exception) -> Problem:
     """What a client sees of a failure of the database."""
     cause = logs.describe(error)
-    if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, told by libpq
+    if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, reported by libpq
         return responses.timed_out(DATABASE, "The database did not answer in time.", cause)
     return responses.unavailable(DATABASE, "The database is not available.", cause)
 
@@ -247,7 +247,7 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 
 async def end_failed_connection(_request: web.Request, response: web.StreamResponse) -> None:
-    """Let the next call of a service that was told 5xx reach another replica, since Kubernetes balances connections.
+    """Let the next call of a service that got a 5xx reach another replica, since Kubernetes balances connections.
 
     Here, where the clients are services. A gateway keeps its browsers' connections: an outage must not cost each of
     them a new one, and behind a load balancer it would not lead elsewhere.

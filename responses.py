@@ -180,7 +180,7 @@ def problem_of(error: web.HTTPException) -> Problem:
         detail = f"Only {' and '.join(sorted(error.allowed_methods))} work here."
     else:
         detail = HTTPStatus(error.status).description
-    if error.text and error.text != f"{error.status}: {error.reason}":  # the words of who raised it
+    if error.text and error.text != f"{error.status}: {error.reason}":  # the words of the code that raised it
         detail = error.text
     problem = Problem(error.status, detail)
     problem.headers.update(error.headers)
@@ -189,7 +189,7 @@ def problem_of(error: web.HTTPException) -> Problem:
 
 
 def problem_representation(problem: Problem, request_id: str) -> Representation:
-    """The document that tells a client of a problem (RFC 9457, 3)."""
+    """The document that describes a problem to a client (RFC 9457, 3)."""
     members = {
         "type": f"urn:problem-type:messages:{problem.kind}" if problem.kind else "about:blank",
         "title": http.client.responses.get(problem.status, problem.reason),

@@ -18,7 +18,7 @@ import logs
 
 WAIT = 60.0  # seconds
 INTERVAL = 0.5  # seconds between two attempts
-# What waiting does not change. Only the text tells: there is no code for what happens while psycopg2 connects.
+# What waiting does not change. Only the text says which: there is no code for what happens while psycopg2 connects.
 REFUSALS = (
     *("authentication failed", "no password supplied", "not permitted", "permission denied", "pg_hba.conf"),
     *("does not exist", "no such database", "no such user", " certificate", "does not support SSL"),

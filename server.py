@@ -33,7 +33,7 @@ LINGERING_TIME = 1.0  # seconds that the rest of a request's body is read and th
 SEND_TIMEOUT = 10.0  # seconds in which a client has to read most of what it has been sent
 LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its request
 MAX_FIELD = 16_384  # bytes of a header field, which is what a load balancer passes on
-MAX_TARGET = 16_000  # bytes of a request's target; another number, since aiohttp's error tells nothing but the limit
+MAX_TARGET = 16_000  # bytes of a request's target; another number, since aiohttp's error names nothing but the limit
 MAX_FIELDS = 256
 
 DRAINING = web.AppKey("draining", asyncio.Event)
@@ -88,7 +88,7 @@ class Server(web.Server):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # aiohttp waits twice as long as it is told here, and for ever for 0: `finish` waits, if anything does.
+        # aiohttp waits twice as long as is said here, and for ever for 0: `finish` waits, if anything does.
         await self.shutdown(0.01)
         await self._runner.cleanup()
 

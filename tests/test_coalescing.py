@@ -988,7 +988,7 @@ def test_whose_time_is_up_gets_the_last_error(loop: ManualLoop) -> None:
     world.finish()
 
 
-@pytest.mark.parametrize("pause", [0.02, 0.3])
+@pytest.mark.parametrize("pause", [0.05, 0.3])
 def test_the_load_of_a_long_silence_is_as_without_company(pause: float) -> None:
     """What has not answered for some seconds gets no more runs than it would if none were ever late."""
 

@@ -98,6 +98,7 @@ FAULTS: list[tuple[Fault, int, str]] = [
     (table_empty, 404, NO_MESSAGE),
     (table_locked, 504, TIMEOUT),
 ]
+QUICK = (stopped, table_missing, table_empty)
 
 
 async def answers_well(url: str) -> bool:
@@ -105,7 +106,13 @@ async def answers_well(url: str) -> bool:
     return (await get(url)).status == 200
 
 
-@pytest.mark.parametrize(("fault", "status", "kind"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("fault", "status", "kind"),
+    [
+        pytest.param(*fault, id=fault[0].__name__, marks=[] if fault[0] in QUICK else pytest.mark.matrix)
+        for fault in FAULTS
+    ],
+)
 async def test_a_fault_gets_its_answer_and_heals(
     cluster: Cluster, start: Start, fault: Fault, status: int, kind: str
 ) -> None:

@@ -398,6 +398,7 @@ def test_the_stop_grace_is_long_enough(composition: Composition) -> None:
         assert config.get("StopTimeout", 10) > sum(float(environment.get(name) or defaults[name]) for name in defaults)
 
 
+@pytest.mark.matrix
 async def test_a_killed_database_heals(composition: Composition) -> None:
     """Clients are told to retry while it is away, and get the message when it is back."""
     composition("kill", "--signal", "SIGKILL", "postgres")
@@ -410,6 +411,7 @@ async def test_a_killed_database_heals(composition: Composition) -> None:
     await eventually(composition.serves, within=30)
 
 
+@pytest.mark.matrix
 async def test_a_restart_of_the_message_service_is_survived(composition: Composition) -> None:
     """Under load, clients get the message, or are told to retry where it takes long, and then the message again."""
     seen: list[Answer] = []

@@ -1,10 +1,17 @@
 """README and docs/ say what is so, where a program can tell."""
 
+import asyncio
+import contextlib
 import dataclasses
+import http.client
+import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import System
 from kit import ROOT
 
 import gateway
@@ -68,3 +75,41 @@ def test_each_target_of_make_is_explained(page: Path) -> None:
     """What a page says to type, make knows."""
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^    |`)make ([a-z]+)", page.read_text(), re.MULTILINE)) <= targets
+
+
+def commands(page: Path) -> list[str]:
+    """What a page says to type: the blocks marked `sh`, and indented lines that begin with a program's name."""
+    text = page.read_text()
+    indented = re.findall(
+        r"^    (?:\$ )?((?:[A-Z_]+=\S* )*(?:make|curl|docker|python|\.venv/\S+) .+)$", text, re.MULTILINE
+    )
+    return [*re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL), *indented]
+
+
+@each_page
+def test_commands_can_be_typed(page: Path) -> None:
+    """A shell understands each command; the modules, tests, files and Compose services that it names are there."""
+    composition = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for command in commands(page):
+        done = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        for module in re.findall(r"\bpython -m (\w+)", command):
+            assert importlib.util.find_spec(module), command
+        for file in re.findall(r"(?<![\w/])(?:tests|benchmarks|requirements|aws|tools)/[\w./-]+\w", command):
+            assert (ROOT / file).exists(), command
+        for service in re.findall(r"docker compose (?:exec|restart|logs|run) ([a-z][\w-]+)", command):
+            assert service in composition, command
+
+
+async def test_the_answer_in_the_readme_is_a_real_one(system: System) -> None:
+    """`curl -i` shows this status, these header fields in this order, and this body."""
+    shown = re.search(r"\$ curl -i localhost:8000/api/string\n(.*?)\n\n    (\{.*\})\n", README, re.DOTALL)
+    assert shown
+    status, *fields = (line.strip() for line in shown[1].splitlines())
+    connection = http.client.HTTPConnection("127.0.0.1", system.gateway.port, timeout=5)
+    with contextlib.closing(connection):
+        await asyncio.to_thread(connection.request, "GET", "/api/string")
+        answer = connection.getresponse()
+        assert status == f"HTTP/1.1 {answer.status} {answer.reason}"
+        assert [field.split(": ")[0] for field in fields] == [name for name, _ in answer.getheaders()]
+        assert answer.read().decode() == shown[2]

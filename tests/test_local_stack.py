@@ -155,6 +155,7 @@ def test_a_python_that_is_too_old_is_one_clear_line(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.matrix
 def test_a_half_made_environment_is_made_again(folder: Path) -> None:
     """An interrupted first `make run` needs no `rm -rf .venv`."""
     programs = folder / ".venv/bin"

@@ -56,8 +56,10 @@ async def all_answer(*services: Server) -> bool:
     return True
 
 
-@pytest.mark.parametrize("reset", [0, 1], ids=["kept", "reset"])
-@pytest.mark.parametrize("ignored", ["", "options"], ids=["defaults", "options ignored"])
+@pytest.mark.parametrize("reset", [0, pytest.param(1, marks=pytest.mark.matrix)], ids=["kept", "reset"])
+@pytest.mark.parametrize(
+    "ignored", ["", pytest.param("options", marks=pytest.mark.matrix)], ids=["defaults", "options ignored"]
+)
 @pytest.mark.parametrize("mode", MODES)
 async def test_two_services_behind_a_pooler(
     make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str, ignored: str, reset: int

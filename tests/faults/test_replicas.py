@@ -181,7 +181,9 @@ async def test_one_is_cut_off(network_if_permitted: IPTables | None, replicas: R
     "cut",
     [
         pytest.param(lambda proxy: (proxy.refuse(), proxy.cut()), marks=row("its database refuses"), id="refused"),
-        pytest.param(lambda proxy: proxy.freeze(), marks=row("its database is silent"), id="silent"),
+        pytest.param(
+            lambda proxy: proxy.freeze(), marks=[row("its database is silent"), pytest.mark.matrix], id="silent"
+        ),
     ],
 )
 async def test_one_loses_its_database(replicas: Replicas, pair: Pair, cut: Callable[[Proxy], None]) -> None:
@@ -247,6 +249,7 @@ async def away(proxies: list[Proxy], seconds: float) -> AsyncIterator[None]:
         await proxy.accept()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "end_old",
     [
@@ -306,6 +309,7 @@ async def test_the_database_is_slow(replicas: Replicas, cluster: Cluster) -> Non
 # ---- everything is away ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 async def test_after_a_fault_both_get_calls_again(replicas: Replicas, make_peer: MakePeer) -> None:
     """Some time after one of them was away, the load is shared again."""
     peers = [await make_peer(GOOD, keep_alive=True) for _ in range(2)]
