@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import scaling_report
@@ -32,13 +33,13 @@ from stack import SYSTEMS, Failure, Postgres, check, postgres, serve
 SYSTEM = SYSTEMS[0]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)]  # gateways, message services
 CALIBRATION = [0.06, 0.12, 0.25, 0.5]  # of the requests that one gateway can answer
-MACHINE = [0.2, 0.35, 0.5]  # of all processors, the load's own part included
-SLOW_QUERIES = [0.0, 0.008, 0.016]  # seconds that are added to each query
+CASES = [(0.0, 0.2), (0.0, 0.35), (0.0, 0.5), (0.008, 0.2), (0.016, 0.2)]  # seconds more a query; of all processors
 SATURATING_CLIENTS = 256
 IDLE_CONNECTIONS = 4000
 WARM_UP_SECONDS = 0.5
 DISTURBED = 0.05  # share of all processors that others used
 TRIES = 6
+QUIET_SECONDS = 10.0  # to wait at most, before each try, for others to have finished
 GATEWAY, SERVICE = "api/string", "api/message"
 
 Measurement = dict[str, float]
@@ -66,25 +67,26 @@ class Cluster:
         return measured | {"requests": requests / seconds}
 
     def measure(self, rate: float, seconds: float, path: str = GATEWAY) -> Measurement:
-        """Ask the gateways, or the message services if the path is theirs, so many times a second.
-
-        What others disturbed is measured again, and counts only if no try was disturbed less.
-        """
+        """Ask the gateways, or the message services if the path is theirs, so many times a second."""
         ports = [port for _, port in (self.gateways if path == GATEWAY else self.services)]
-        tries: list[Measurement] = []
-        while not tries or (tries[-1]["others"] > DISTURBED and len(tries) < TRIES):
+
+        def once() -> Measurement:
             ask(ports, path, rate, WARM_UP_SECONDS)
             before = self.counters()
-            requests, taken = ask(ports, path, rate, seconds)
-            tries.append(self.since(before, requests, taken))
-        return min(tries, key=lambda it: it["others"])
+            return self.since(before, *ask(ports, path, rate, seconds))
+
+        return least_disturbed(once)
 
     def saturate(self, seconds: int) -> Measurement:
         """Let wrk ask the first gateway again at once after each answer."""
-        before = self.counters()
-        with Wrk(f"http://127.0.0.1:{self.gateways[0][1]}/{GATEWAY}", SATURATING_CLIENTS, seconds) as wrk:
-            result = wrk.result()
-        return self.since(before, result["requests"] - result["bad_status"], result["duration"] / 1e6)
+
+        def once() -> Measurement:
+            before = self.counters()
+            with Wrk(f"http://127.0.0.1:{self.gateways[0][1]}/{GATEWAY}", SATURATING_CLIENTS, seconds) as wrk:
+                result = wrk.result()
+            return self.since(before, result["requests"] - result["bad_status"], result["duration"] / 1e6)
+
+        return least_disturbed(once)
 
     def connections(self) -> Measurement:
         """Bytes: the first gateway's memory for a connection that is kept after an answer; a request and its answer."""
@@ -97,6 +99,17 @@ class Cluster:
                 size = receive(connection)
             memory = (process.memory_info().rss - before) / IDLE_CONNECTIONS
         return {"connection_bytes": memory, "transfer_bytes": len(REQUEST % GATEWAY.encode()) + size}
+
+
+def least_disturbed(once: Callable[[], Measurement]) -> Measurement:
+    """Measure in a quiet moment, and again if others disturbed it; the try that was disturbed least."""
+    tries: list[Measurement] = []
+    while not tries or (tries[-1]["others"] > DISTURBED and len(tries) < TRIES):
+        deadline = time.monotonic() + QUIET_SECONDS
+        while psutil.cpu_percent(0.5) > 100 * DISTURBED and time.monotonic() < deadline:
+            pass
+        tries.append(once())
+    return min(tries, key=lambda it: it["others"])
 
 
 def runs_so_far(port: int) -> float:
@@ -119,22 +132,6 @@ def cluster(gateways: int, services: int, database: Postgres, folder: Path) -> I
             made.gateways.append(serve(SYSTEM.gateway, "a gateway", environment, log, stack))
             check(f"http://127.0.0.1:{made.gateways[-1][1]}/{GATEWAY}", made.gateways[-1][0], log, "a gateway")
         yield made
-
-
-@contextmanager
-def slower_queries(database: Postgres, seconds: float) -> Iterator[None]:
-    """Let each query for the message take so much longer."""
-    if not seconds:
-        yield
-        return
-    with database.connection.cursor() as cursor:
-        cursor.execute("ALTER TABLE messages RENAME TO stored")
-        cursor.execute(f"CREATE VIEW messages AS SELECT id, content FROM stored, pg_sleep({seconds})")
-        try:
-            yield
-        finally:
-            cursor.execute("DROP VIEW messages")
-            cursor.execute("ALTER TABLE stored RENAME TO messages")
 
 
 def medians(rounds: list[Measurement]) -> Measurement:
@@ -171,29 +168,31 @@ def calibrate(database: Postgres, folder: Path, rounds: int, seconds: int) -> tu
     return constants, points | {"saturated": saturated}
 
 
+def affordable(constants: Constants, load_cpu: float, share: float, *layout: Any) -> float:
+    """Requests per second that take this share of all processors; making and reading each takes `load_cpu` seconds."""
+
+    def cores(requests: float) -> float:
+        return load(constants, requests, *layout).cpu + requests * load_cpu
+
+    return requests_for(share * (os.cpu_count() or 1), cores)
+
+
 def compare(
     constants: Constants, load_cpu: float, database: Postgres, folder: Path, rounds: int, seconds: int
 ) -> list[Measurement]:
-    """Measure each layout with several loads; `load_cpu` is what it costs to make and read a request."""
-    found: dict[tuple[int, int, float, float], list[Measurement]] = {}
+    """Measure each layout in each case."""
+    found: dict[tuple[Any, ...], list[Measurement]] = {}
     for _ in range(rounds):
         for gateways, services in LAYOUTS:
             with cluster(gateways, services, database, folder) as it:
-                for slower in SLOW_QUERIES:
-                    for share in MACHINE if not slower else MACHINE[:1]:
-
-                        def cores(rate: float, of: tuple[int, int, float] = (gateways, services, slower)) -> float:
-                            return load(constants, rate, *of).cpu + rate * load_cpu
-
-                        rate = requests_for(share * (os.cpu_count() or 1), cores)
-                        with slower_queries(database, slower):
-                            measured = it.measure(rate, seconds)
-                        found.setdefault((gateways, services, slower, share), []).append(measured)
-                        print(f"{gateways} x {services}, {slower * 1000:.0f} ms: {measured}", flush=True)
-    return [
-        {"gateways": gateways, "services": services, "slower": slower} | medians(each)
-        for (gateways, services, slower, _), each in found.items()
-    ]
+                for slower, share in CASES:
+                    rate = affordable(constants, load_cpu, share, gateways, services, slower)
+                    with database.slower(slower):
+                        measured = it.measure(rate, seconds)
+                    measured |= {"gateways": gateways, "services": services, "slower": slower}
+                    found.setdefault((gateways, services, slower, share), []).append(measured)
+                    print(measured, flush=True)
+    return list(map(medians, found.values()))
 
 
 def main() -> None:

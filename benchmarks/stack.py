@@ -192,6 +192,21 @@ class Postgres:
             (calls,) = cursor.fetchone() or (None,)
         return int(calls or 0)
 
+    @contextmanager
+    def slower(self, seconds: float) -> Iterator[None]:
+        """Let each query for the message take so much longer."""
+        if not seconds:
+            yield
+            return
+        with self.connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE messages RENAME TO stored")
+            cursor.execute(f"CREATE VIEW messages AS SELECT id, content FROM stored, pg_sleep({seconds})")
+            try:
+                yield
+            finally:
+                cursor.execute("DROP VIEW messages")
+                cursor.execute("ALTER TABLE stored RENAME TO messages")
+
     def version(self) -> str:
         with self.connection.cursor() as cursor:
             cursor.execute("SHOW server_version")
