@@ -32,7 +32,7 @@ from stack import SYSTEMS, Failure, Postgres, check, postgres, serve
 
 SYSTEM = SYSTEMS[0]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)]  # gateways, message services
-CALIBRATION = [0.06, 0.12, 0.25, 0.5]  # of the requests that one gateway can answer
+CALIBRATION = [0.06, 0.12, 0.25, 0.5]  # of the requests that one gateway can answer with a core of its own
 CASES = [(0.0, 0.2), (0.0, 0.35), (0.0, 0.5), (0.008, 0.2), (0.016, 0.2)]  # seconds more a query; of all processors
 SATURATING_CLIENTS = 256
 IDLE_CONNECTIONS = 4000
@@ -144,9 +144,10 @@ def calibrate(database: Postgres, folder: Path, rounds: int, seconds: int) -> tu
         it.measure(100, 1)  # connections and caches
         memory = it.connections()
         saturated = medians([it.saturate(seconds) for _ in range(rounds)])
-        rates = [share * saturated["requests"] for share in CALIBRATION]
+        most = saturated["requests"] / saturated["gateway_cpu"]
         gateway, service = (
-            [[it.measure(rate, seconds, path) for rate in rates] for _ in range(rounds)] for path in (GATEWAY, SERVICE)
+            [[it.measure(share * most, seconds, path) for share in CALIBRATION] for _ in range(rounds)]
+            for path in (GATEWAY, SERVICE)
         )
     gateway_points, service_points = (
         list(map(medians, map(list, zip(*each, strict=True)))) for each in (gateway, service)

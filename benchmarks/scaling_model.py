@@ -58,7 +58,7 @@ def runs_for(sources: float, rate: float, seconds: float, work: float) -> float:
     share = rate / sources * lasts  # of the time that a source waits for its own run
     has_asked = 1 - math.exp(-share / max(1 - share, 0.2))
     callers = (sources - 1) * has_asked + math.pow(1 - has_asked, sources - 1)
-    return max(runs(rate, seconds, work), rate / callers)
+    return max(runs(rate, seconds, work), rate / max(callers, 1.0))
 
 
 @dataclass(frozen=True)

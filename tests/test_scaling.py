@@ -136,6 +136,7 @@ def test_plan(requests: float) -> None:
     assert plan.gateway_cpu <= model.TARGET * plan.gateways
     assert plan.service_cpu <= model.TARGET * plan.services
     assert min(plan.gateways, plan.services) >= 2
+    assert requests >= plan.calls >= plan.queries
     if plan.gateways > 2:
         fewer = model.load(CONSTANTS, requests, plan.gateways - 1, plan.services)
         assert fewer.gateway_cpu > model.TARGET * fewer.gateways
