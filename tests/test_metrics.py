@@ -120,17 +120,19 @@ async def test_a_connection_is_idle_or_used(fresh: System) -> None:
     """One that waits for a locked table is used; when its query has ended it is idle again."""
     url = fresh.service.url
 
-    async def shows(idle: int, used: int) -> bool:
+    async def shows(*, used: bool) -> bool:
         samples = await scrape(url)
-        name = "db_client_connection_count db_client_connection_state="
-        return (samples[name + "idle"], samples[name + "used"]) == (idle, used)
+        counts = [
+            samples[f"db_client_connection_count db_client_connection_state={state}"] for state in ("used", "idle")
+        ]
+        return [count > 0 for count in counts] == [used, not used]  # several, where a late query has got company
 
     await get(url + "/api/message")
     with fresh.database.locked():
         waiting = asyncio.create_task(get(url + "/api/message"))
-        await eventually(lambda: shows(idle=0, used=1))
+        await eventually(lambda: shows(used=True))
     assert (await waiting).status == 200
-    assert await shows(idle=1, used=0)
+    await eventually(lambda: shows(used=False))
 
 
 async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> None:
