@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any
 
 import psutil
 import scaling_report
-from bench import Wrk, busy_seconds, cpu_seconds, describe_machine
+from bench import Wrk, busy_seconds, cpu_seconds, describe_machine, interrupt
 from open_loop import REQUEST, ask, connect, receive
 from scaling_model import Constants, fit_costs, fit_seconds, load, requests_for
 from stack import SYSTEMS, Failure, Postgres, check, postgres, serve
@@ -205,6 +206,8 @@ def main() -> None:
         sys.exit("wrk is missing: install it (Debian: apt-get install wrk)")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each connection; children inherit it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     load_average = os.getloadavg()[0]
     try:
         with tempfile.TemporaryDirectory(prefix="scaling-") as name, ExitStack() as stack:
