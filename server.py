@@ -110,7 +110,7 @@ class Server(web.Server):
                 return await self._respond(request.clone(rel_url=request.rel_url.with_path("/", keep_query=True)))
             response = raised = error
             if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
-                response = raised = web.HTTPNoContent(headers=error.headers)
+                response = raised = web.HTTPNoContent(headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]})
             elif error.status >= HTTPStatus.BAD_REQUEST:
                 problem = responses.problem_of(error)
         except Exception as error:
