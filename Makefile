@@ -16,7 +16,7 @@ run: .venv/.local  ## the whole system on this machine, PostgreSQL included; hal
 	@$(BIN)/python -u -m tools.local_stack
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two idle cores
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: .venv/.dev  ## break everything under load, 3 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"

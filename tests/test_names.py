@@ -56,7 +56,7 @@ async def test_a_slow_name_holds_up_nobody(
     waiting = asyncio.create_task(get(server.url + API[name]))
     await eventually(lambda: names.server.questions)
     for _ in range(5):
-        assert (await get(server.url + "/healthz", within=0.5)).status == 200
+        assert (await get(server.url + "/healthz", within=2)).status == 200
     assert not waiting.done()
     names.server.answering.set()
     assert (await waiting).status == 200
@@ -70,11 +70,11 @@ async def test_a_name_server_that_is_gone_is_a_clear_answer(names: Names, start:
     settings = {"DB_HOST": "gone.test", "DOWNSTREAM_URL": "http://gone.test", **limits}
     server = await start(name, wrapper=names.wrapper, **settings)
     for _ in range(3):
-        answers = await asyncio.gather(*(get(server.url + API[name], within=1.5) for _ in range(20)))
+        answers = await asyncio.gather(*(get(server.url + API[name], within=3) for _ in range(20)))
         assert {answer.status for answer in answers} == {504}
-        assert (await get(server.url + "/healthz", within=0.5)).status == 200
+        assert (await get(server.url + "/healthz", within=3)).status == 200  # a look-up that hangs takes five seconds
     server.terminate()
-    assert await server.exit_status(within=1) == 0
+    assert await server.exit_status(within=3) == 0
 
 
 @pytest.mark.parametrize("name", ["gateway", "message_service"])
