@@ -134,6 +134,7 @@ class MessageService:
         except RunTimeoutError as error:
             raise self._timed_out(error.context[_REQUEST]) from error
         except Problem as problem:
+            self._dependency.reached_client(problem)
             raise problem.copy() from problem.__cause__
         if representation is None:
             raise responses.no_message()

@@ -149,6 +149,7 @@ class Database:
             self._dependency.failed(problem := self._remember(error))
             raise problem from error
         except Problem as problem:
+            self._dependency.reached_client(problem)
             raise problem.copy() from problem.__cause__
         if message is None:
             raise responses.no_message()

@@ -69,6 +69,7 @@ class Dependency:
         self._name = name
         self._away_since: float | None = None
         self._lines = logs.RepeatLog()
+        self._unseen: Problem | None = None
 
     def observe_run(self, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
         """What a `Coalescer` calls for each run that ended."""
@@ -90,8 +91,15 @@ class Dependency:
         if seen:
             self._away_since = self._away_since or time.monotonic()
         else:
+            self._unseen = problem
             message = f"{self._name} failed, which no client saw"
             self._lines.write(problem.cause, logging.WARNING, message, cause=problem.cause)
+
+    def reached_client(self, problem: Problem) -> None:
+        """Call this for what a client gets: maybe a failure that was being repeated when the client's time was up."""
+        if problem is self._unseen:
+            self._unseen = None
+            self.failed(problem)
 
 
 async def watch_event_loop() -> None:

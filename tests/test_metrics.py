@@ -140,15 +140,24 @@ async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> Non
     service = await start("message_service", DB_HOST="127.0.0.1", DB_PORT=1)
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     assert (await get(gateway.url + "/api/string")).status == 503
-    samples = await scrape(service.url)
-    assert samples["db_client_connect_failures_total"] == 8
-    assert samples["dependency_errors_total error_type=unavailable seen_by=clients"] == 8
-    assert samples["coalescing_run_callers_count outcome=failed reason=asked"] == 8
     samples = await scrape(gateway.url)
-    assert samples["dependency_errors_total error_type=unavailable seen_by=nobody"] == 7
+    repeats = samples["coalescing_run_callers_count outcome=failed reason=failed"]
+    assert 3 <= repeats <= 7  # fewer where the machine is busy
+    assert samples["dependency_errors_total error_type=unavailable seen_by=nobody"] == repeats
     assert samples["dependency_errors_total error_type=unavailable seen_by=clients"] == 1
-    assert samples["coalescing_run_callers_count outcome=failed reason=failed"] == 7
     assert [line["level"] for line in gateway.log if "no client saw" in line["message"]] == ["warning"] * 2
+    samples = await scrape(service.url)
+    assert samples["db_client_connect_failures_total"] == repeats + 1
+    assert samples["dependency_errors_total error_type=unavailable seen_by=clients"] == repeats + 1
+    assert samples["coalescing_run_callers_count outcome=failed reason=asked"] == repeats + 1
+
+
+async def test_a_failure_that_a_client_gets_when_its_time_is_up_is_counted(start: Start) -> None:
+    """The call was to be repeated once more; the log has the failure, and the metric says that a client saw it."""
+    gateway = await start("gateway", DOWNSTREAM_URL="http://127.0.0.1:1", DOWNSTREAM_TIMEOUT=0.5)
+    assert (await get(gateway.url + "/api/string")).status == 503
+    samples = await scrape(gateway.url)
+    assert samples["dependency_errors_total error_type=unavailable seen_by=clients"] == 1
 
 
 async def test_each_metric_has_help_and_a_unit(system: System) -> None:
