@@ -99,6 +99,8 @@ class Server(web.Server):
         started = time.perf_counter()
         if request.version < HttpVersion10:
             return self.refuse(request, Problem(HTTPStatus.BAD_REQUEST, "HTTP before 1.0 is not spoken here."))
+        if not request.headers.get(hdrs.EXPECT, "").isascii():  # aiohttp would fail on it
+            return self.refuse(request, Problem(HTTPStatus.EXPECTATION_FAILED, "This server expects no such thing."))
         sent_id = request.headers.get("X-Request-ID")
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
         self._in_flight.add(request.protocol)

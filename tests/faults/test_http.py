@@ -100,6 +100,7 @@ ANSWERED: dict[str, tuple[bytes, list[int]]] = {
     ),
     "Expect: 100-continue": (GET + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", [100, 200]),
     "Expect: anything": (GET + b"Expect: anything\r\n\r\n" + LAST, [417, 200]),
+    "Expect: what is no text": (GET + b"Expect: \xd4\r\n\r\n" + LAST, [417]),
     "Upgrade: websocket": (GET + UPGRADE + b"websocket\r\n\r\n" + LAST, [200]),
     "Upgrade: h2c": (GET + UPGRADE + b"h2c\r\n\r\n" + LAST, [200]),
     "Upgrade: anything": (GET + UPGRADE + b"anything\r\n\r\n" + LAST, [200]),
