@@ -83,7 +83,7 @@ async def test_silence(
 async def test_a_host_that_is_gone(
     own_network: Callable[..., None], observed: StartObserved, make_peer: MakePeer, note: RowOf
 ) -> None:
-    """Requests that it has acknowledged are not waited for: the kernel gives it up, and then the repeat's connection."""
+    """Requests that it has acknowledged are not waited for: the kernel gives up, at the repeat, too."""
 
     async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
