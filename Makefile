@@ -15,10 +15,10 @@ help:  ## list the targets
 run: .venv/.local  ## the whole system on this machine, PostgreSQL included; half a minute the first time, then seconds
 	@$(BIN)/python -u -m tools.local_stack
 
-test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two idle cores
+test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 5 minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-faults: .venv/.dev  ## break everything under load, 3 minutes; writes the table in docs/faults.md
+faults: .venv/.dev  ## break everything under load, 10 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
 
 check: .venv/.dev  ## lint, types, containers, Kubernetes schemas; 20 s
