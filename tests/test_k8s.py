@@ -247,7 +247,7 @@ def test_cpu(manifest: Manifest, name: str) -> None:
 
     def cost(system: str, part: str) -> float:
         alone = [item for item in measurements if item["system"] == system and item["connections"] == 1]
-        return statistics.median(item[f"cpu_{part}"] for item in alone)
+        return float(statistics.median(item[f"cpu_{part}"] for item in alone))
 
     speed = 57 / cost("bare-json", "gateway")  # a usual machine needs 57 µs for that; the benchmark's may be slower
     cores = 500 * speed * cost("this", name.removeprefix("message-")) / 1e6
