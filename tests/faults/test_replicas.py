@@ -206,12 +206,12 @@ async def test_one_is_terminated(replicas: Replicas, pair: Pair) -> None:
 @pytest.mark.matrix
 @row("every answer of it 400 ms late")
 async def test_one_is_slow(replicas: Replicas, pair: Pair, make_proxy: MakeProxy, note: RowOf) -> None:
-    """99 of 100 requests are answered sooner than it could."""
+    """99 of 100 requests are answered as if the other one were alone."""
     slow = await make_proxy(pair.services[0].port)
     replicas.ports = slow.port, pair.services[1].port
     async with replicas.lose_nothing(seconds=12) as load:
         slow.delay = 0.2  # seconds, each way
-    assert load.slowest(0.99) < 0.4  # below 0.3 on a quiet machine
+    assert load.slowest(0.99) < 0.3
     note(f"{len(load.replies)} of {len(load.replies)} good, 99 % within {load.slowest(0.99):.2f} s")
 
 
