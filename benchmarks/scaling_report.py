@@ -1,6 +1,6 @@
-"""The numbers of docs/scaling.md, between its marks, and its plot: `python scaling_report.py` writes them anew.
+"""The numbers in docs/scaling.md, between its markers, and its plot: `python scaling_report.py` rewrites them.
 
-Rule: every number comes from the results or from the model with their constants.
+Rule: every number comes from the results, or from the model with their constants.
 """
 
 import json
@@ -35,16 +35,16 @@ def constants_table(it: Constants) -> str:
         return f"{seconds * 1e6:,.0f} µs"
 
     return table(
-        ["constant", "measured", "what it is"],
+        ["constant", "measured", "meaning"],
         [
-            ["`gateway_request`", micro(it.gateway_request), "CPU of a gateway for a request"],
-            ["`gateway_call`", micro(it.gateway_call), "CPU of a gateway for a call of the message service"],
-            ["`call`", micro(it.call), "from one call to the next, in a gateway with nothing else to do"],
-            ["`service_call`", micro(it.service_call), "CPU of a message service for a call"],
-            ["`service_query`", micro(it.service_query), "CPU of a message service for a query"],
-            ["`query`", micro(it.query), "from one query to the next, in a message service with nothing else to do"],
-            ["`postgres_query`", micro(it.postgres_query), "CPU of PostgreSQL for a query"],
-            ["`connection_bytes`", f"{it.connection_bytes / 1e3:,.0f} kB", "memory of a gateway for a connection"],
+            ["`gateway_request`", micro(it.gateway_request), "a gateway's CPU time for a request"],
+            ["`gateway_call`", micro(it.gateway_call), "a gateway's CPU time for a call to the message service"],
+            ["`call`", micro(it.call), "from one call to the next, in an otherwise idle gateway"],
+            ["`service_call`", micro(it.service_call), "a message service's CPU time for a call"],
+            ["`service_query`", micro(it.service_query), "a message service's CPU time for a query"],
+            ["`query`", micro(it.query), "from one query to the next, in an otherwise idle message service"],
+            ["`postgres_query`", micro(it.postgres_query), "PostgreSQL's CPU time for a query"],
+            ["`connection_bytes`", f"{it.connection_bytes / 1e3:,.0f} kB", "a gateway's memory for a connection"],
             ["`transfer_bytes`", f"{it.transfer_bytes:,.0f} bytes", "a request and its answer, without TLS"],
         ],
     ).replace("| ---: | ---: |", "| ---: | --- |")
@@ -66,7 +66,7 @@ def predicted(it: Constants, measured: dict[str, float]) -> Load:
 
 
 def errors(it: Constants, measured: dict[str, float]) -> dict[str, float]:
-    """How far the model is above what was measured, as a share of it."""
+    """By how much the model exceeds each measurement, as a share of the measurement."""
     model = predicted(it, measured)
     compared = list(COMPARED)[:2] if measured["slower"] else COMPARED  # pg_sleep in a view costs CPU time of its own
     return {name: getattr(model, name) / measured[name] - 1 for name in compared}
@@ -116,19 +116,18 @@ def body(results: Results) -> str:
             f"Measured on {machine['processor']}, {machine['kernel']}, with Python {machine['Python']} and PostgreSQL "
             f"{machine['PostgreSQL'].split()[0]}, all on one machine; version {machine['commit']}, {machine['date']}. "
             f"Medians of {results['rounds']} rounds of {results['seconds']} s. The load average before was "
-            f"{results['load_average']:.1f}; others used {others:.0%} of the processors meanwhile.\n",
+            f"{results['load_average']:.1f}; other processes used {others:.0%} of the processors meanwhile.\n",
             "### The constants\n",
             constants_table(it),
             "### What is needed\n",
-            f"No process uses more than {TARGET:.0%} of a core, and there are {LEAST} of each kind at least.\n",
+            f"No process uses more than {TARGET:.0%} of a core, and there are at least {LEAST} of each kind.\n",
             plan_table(it, slower=0),
-            f"The same where a network makes each call and each query {NETWORK * 1000:.0f} ms longer:\n",
+            f"The same with a network that makes each call and each query {NETWORK * 1000:.0f} ms longer:\n",
             plan_table(it, NETWORK),
-            f"The {gateways} gateways that `k8s.yaml` allows carry {number(most)} requests/s so.\n",
+            f"Without that latency, the {gateways} gateways that `k8s.yaml` allows carry {number(most)} requests/s.\n",
             "### The model's error\n",
             summary(it, results["layouts"]),
-            f"One gateway that wrk asks without a pause answers {number(saturated)} requests/s; the model says "
-            f"{number(full)}.\n",
+            f"Saturated by wrk, one gateway answers {number(saturated)} requests/s; the model predicts {number(full)}.\n",
             "<details><summary>Each measurement, with the model's error in brackets; CPU in µs per request</summary>\n",
             comparison(it, results["layouts"]),
             "</details>\n",
@@ -145,11 +144,11 @@ def drawing(it: Constants) -> str:
         plot.Line(f"gateways, {network}", "--second", [float(each.gateways) for each in far], above=-20),
         plot.Line(f"message services, {network}", "--third", [float(each.services) for each in far], above=-20),
     ]
-    return plot.growth("What so many requests per second need", "requests/s", REQUESTS, lines)
+    return plot.growth("Queries and replicas by requests per second", "requests/s", REQUESTS, lines)
 
 
 def render(page: str, results: Results) -> str:
-    """The page, with what is between its marks written anew."""
+    """The page, with the part between its markers rewritten."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{body(results)}\n{END}{after}"
