@@ -127,7 +127,8 @@ def body(results: Results) -> str:
             f"Without that latency, the {gateways} gateways that `k8s.yaml` allows carry {number(most)} requests/s.\n",
             "### The model's error\n",
             summary(it, results["layouts"]),
-            f"Saturated by wrk, one gateway answers {number(saturated)} requests/s; the model predicts {number(full)}.\n",
+            f"Saturated by wrk, one gateway answers {number(saturated)} requests/s; the model predicts "
+            f"{number(full)}.\n",
             "<details><summary>Each measurement, with the model's error in brackets; CPU in µs per request</summary>\n",
             comparison(it, results["layouts"]),
             "</details>\n",
