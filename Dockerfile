@@ -4,7 +4,7 @@ FROM python:3.13-slim AS packages
 # hadolint ignore=DL3008  # any version of `strip` will do, and none gets into the image
 RUN apt-get update -q && apt-get install -qy --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
 COPY requirements/runtime.txt /
-# Without the programs that come along, and without debug information, which is half of all.
+# Without the programs that packages install, and without debug information, which is half the size.
 RUN python -m pip install --disable-pip-version-check --root-user-action=ignore --no-cache-dir --no-compile \
     --require-hashes --only-binary :all: --prefix /packages -r /runtime.txt && \
     rm -r /packages/bin && \
@@ -15,12 +15,13 @@ LABEL org.opencontainers.image.title="messages" \
       org.opencontainers.image.description="A gateway and a message service: the first argument says which to run." \
       org.opencontainers.image.version="0.1.0"
 COPY --from=packages /packages /usr/local
-# What .dockerignore lets in; readable for every user number, whatever it was in the checkout.
+# The files that .dockerignore allows; readable for every user, whatever their modes in the checkout.
 COPY --chmod=644 *.py index.html openapi.yaml schema.sql /app/
-# Compiles just what the servers import, Python's own modules included, since nobody can write at run time.
+# Compiles exactly the modules that the servers import, Python's own included, since the servers cannot write at run
+# time.
 RUN python /app gateway --version && python /app message_service --version
 USER 65532:65532
-# No shell: the server is process 1 and gets the signals. It ends by itself within DRAIN_SECONDS + SHUTDOWN_SECONDS.
+# No shell: the server is process 1 and gets the signals. It exits by itself within DRAIN_SECONDS + SHUTDOWN_SECONDS.
 ENTRYPOINT ["python", "/app"]
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
     CMD ["python", "/app", "--healthcheck"]

@@ -1,4 +1,4 @@
-# What a person types. Each target installs what it needs into .venv, from the hash-locked requirements.
+# The commands for developers. Each target installs what it needs into .venv, from the hash-locked requirements.
 
 # The first of these that is new enough.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -12,40 +12,41 @@ BIN := .venv/bin
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-run: .venv/.local  ## the whole system on this machine, PostgreSQL included; half a minute the first time, then seconds
+run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; half a minute the first time, then seconds
 	@$(BIN)/python -u -m tools.local_stack
 
-test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 5 minutes on two cores
+test: .venv/.dev  ## run every test, against a real PostgreSQL and real sockets; 5 minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-faults: .venv/.dev  ## break everything under load, 10 minutes; writes the table in docs/faults.md
+faults: .venv/.dev  ## break every part under load, 10 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
 
-check: .venv/.dev  ## lint, types, containers, Kubernetes schemas; 20 s
+check: .venv/.dev  ## check lint, types, containers and Kubernetes schemas; 20 s
 	@echo "ruff: lint"; $(BIN)/ruff check --quiet .
 	@echo "ruff: format"; $(BIN)/ruff format --quiet --diff .
 	@echo "mypy"; $(BIN)/mypy --no-error-summary
 	@echo "hadolint: Dockerfile"; $(BIN)/hadolint Dockerfile
 	@if docker compose version >/dev/null 2>&1; then echo "docker compose: docker-compose.yml"; docker compose config --quiet; \
 	else echo "docker-compose.yml is not checked: there is no docker compose here"; fi
-	@# An unknown schema is only a warning to it: whatever it says counts as a failure.
+	@# kubernetes-validate only warns about an unknown schema, so any output counts as a failure.
 	@echo "kubernetes-validate: k8s.yaml for $(KUBERNETES)"; \
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
-aws: .venv/.dev .venv/.aws  ## lint aws/template.yaml, test what it allows, and find thousands of faults put into it, 1 minute; without AWS
+aws: .venv/.dev .venv/.aws  ## lint and test aws/template.yaml, and prove the tests with thousands of deliberate faults, 1 minute; without AWS
 	$(BIN)/python -m pytest tests/aws
 
 bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
 	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
 
-budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## where each microsecond of a request goes, 3 minutes
+budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure where each microsecond of a request goes, 3 minutes
 	@.venv-bench/bin/python benchmarks/budget.py $(BENCH_OPTIONS)
 
-scaling: .venv-bench/.installed  ## how cost grows with load, 8 minutes on a quiet machine; writes the numbers in docs/scaling.md
+scaling: .venv-bench/.installed  ## measure how cost grows with load, 8 minutes on a quiet machine; writes the numbers in docs/scaling.md
 	@.venv-bench/bin/python benchmarks/scaling.py $(BENCH_OPTIONS)
 
-# The newest Python that the image may use, else what is there; an environment of its own, so that it weighs on nobody.
+# The newest Python that the image may use, or python3 if it is missing. A separate environment, so that only benchmarks
+# install its packages.
 BENCH_PYTHON ?= $(shell python3.13 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
 .venv-bench/.installed: requirements/bench.txt .venv-bench/bin/python
@@ -55,7 +56,7 @@ benchmarks/fastify/node_modules: benchmarks/fastify/package-lock.json
 	@if command -v npm >/dev/null; then echo "installing $<"; npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --silent && touch $@; \
 	else echo "npm is missing: Fastify cannot be measured"; fi
 
-# Go keeps what it downloads and compiles in .venv-bench. A folder benchmarks/go/vendor takes the place of a download.
+# Go keeps its downloads and builds in .venv-bench. If there is a folder benchmarks/go/vendor, nothing is downloaded.
 benchmarks/go/bin: export GOPATH = $(CURDIR)/.venv-bench/go
 benchmarks/go/bin: export GOCACHE = $(CURDIR)/.venv-bench/go/cache
 benchmarks/go/bin: export GOTOOLCHAIN = local
@@ -69,11 +70,11 @@ GO := .venv-bench/bin/go -C benchmarks/go
 .venv/.%: requirements/%.txt .venv/bin/python
 	$(call install,$(PYTHON))
 
-# A Python that has gone, with its folder or with the system's update, makes the stamps out of date.
+# If Python has disappeared, with its folder or in a system update, the stamps are out of date.
 .venv/bin/python .venv-bench/bin/python: ;
 
-# $(call install,PYTHON): makes the environment if there is none, if its Python is too old, or if it was left half-made
-# (venv writes bin/activate last); then installs what the lock file names.
+# $(call install,PYTHON): creates the environment if it is missing, incomplete (venv writes bin/activate last), or has
+# too old a Python; then installs what the lock file lists.
 define install
 @test -e $(@D)/bin/activate && $(@D)/bin/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || { \
 	$(1) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "Python 3.11 or later is needed: PYTHON=/path/to/python3 names one"; exit 1; }; \
@@ -84,7 +85,7 @@ define install
 endef
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
-lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
+lock: .venv/.dev  ## lock the dependencies in pyproject.toml again, with hashes
 	$(BIN)/pip-compile $(LOCK) --output-file requirements/runtime.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements/local.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements/dev.txt pyproject.toml
@@ -92,5 +93,5 @@ lock: .venv/.dev  ## pin again, with hashes, what pyproject.toml names
 	$(BIN)/pip-compile $(LOCK) --extra local --extra bench --output-file requirements/bench.txt pyproject.toml
 LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
 
-clean:  ## remove what the targets made, the local database included
+clean:  ## remove everything that the targets created, the local database included
 	rm -rf .venv .venv-bench benchmarks/fastify/node_modules benchmarks/go/bin benchmarks/results/partial .data .mypy_cache .pytest_cache .ruff_cache .hypothesis
