@@ -1,7 +1,7 @@
-"""What a container runs: `python FOLDER gateway` or `python FOLDER message_service`: the argument picks the server.
+"""The entry point of a container: `python FOLDER gateway` or `python FOLDER message_service` runs that server.
 
-Rules kept here: the server takes this process over, so that process 1 of a container is the server itself, with no
-shell and no parent between it and its signals; whatever else is passed is answered with what to pass, and status 2.
+Rules kept here: the server takes over this process, so that process 1 of a container is the server itself, with no
+shell or parent between it and its signals; any other arguments print the usage, and the exit status is 2.
 """
 
 import os
@@ -37,26 +37,26 @@ def main() -> None:
 
 
 def run(name: str) -> None:
-    """Go on as `python -m NAME` with the remaining arguments."""
+    """Continue as `python -m NAME` with the remaining arguments."""
     del sys.argv[1]
 
     def stop(number: int, _frame: object) -> None:
-        # A server that has not begun leaves nothing undone; a command such as --apply-schema does.
+        # A server that has not started leaves nothing undone; a command such as --apply-schema does.
         sys.exit(128 + number if sys.argv[1:] else 0)
 
     # The kernel drops signals that process 1 does not handle, and importing a server takes a while: without this, a
-    # stop in that while would go unnoticed.
+    # signal in the meantime would be lost.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    import runpy  # here, since the health check must be quick
+    import runpy  # here, so that the health check stays quick
 
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def check_health(path: str) -> str | None:
-    """What is wrong with the server of this container, or None: an HTTP client of the fewest imports.
+    """Return what is wrong with this container's server, or None. A minimal HTTP client, with few imports.
 
-    It runs every few seconds, and importing an HTTP library would cost more than all the rest of it.
+    It runs every few seconds, and importing an HTTP library would cost more than the rest of it.
     """
     try:
         with connect() as connection:
@@ -69,7 +69,7 @@ def check_health(path: str) -> str | None:
 
 
 def connect() -> socket.socket:
-    """Connect to the server of this container. Raises `OSError`."""
+    """Connect to this container's server. Raises `OSError`."""
     host, port = os.environ.get("HOST") or "localhost", os.environ.get("PORT")
     try:
         return socket.create_connection((host, int(port or DEFAULT_PORTS["gateway"])), HEALTH_CHECK_TIMEOUT)

@@ -1,7 +1,7 @@
-"""The life of a server: its command line, its settings, its start, and its end step by step.
+"""The life of a server: its command line, its settings, its startup, and its shutdown step by step.
 
 Rules kept here: wrong settings and an address in use are reported before anything starts; a server listens at
-once, whatever the state of the parts behind it; and it ends by itself within its time, whatever its clients do.
+once, whatever the state of its dependencies; and it exits by itself in time, whatever its clients do.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from settings import setting
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_FILES = 16_384  # open files, fewer where the system allows fewer; a client's connection takes one, and some 10 kB
-SPARE_FILES = 128  # of them, for other things than clients: connections to what is behind, name look-ups
-LAST_ACCEPTS = 1.0  # seconds at most for accepting the connections that were made before the signal
-BACKLOG = 4096  # connections that wait for being accepted; the kernel's own bound is usually the same
+SPARE_FILES = 128  # of them, not for clients: for connections to dependencies, name look-ups
+LAST_ACCEPTS = 1.0  # seconds at most for accepting connections that were made before the signal
+BACKLOG = 4096  # connections that wait to be accepted; the kernel's own limit is usually the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class CommonSettings:
 
     host: str = setting("", settings.TEXT, "address to listen on", shown="all, IPv4 and IPv6")
     port: int = setting(0, settings.PORT, "where to listen")
-    log_level: str = setting("info", settings.one_of("debug", "info", "warning", "error"), "least level to log")
+    log_level: str = setting("info", settings.one_of("debug", "info", "warning", "error"), "lowest level to log")
     log_format: str | None = setting(
-        None, settings.one_of("json", "text"), "form of a log line", shown="text on a terminal, else json"
+        None, settings.one_of("json", "text"), "format of log lines", shown="text on a terminal, else json"
     )
     access_log: str = setting("errors", settings.one_of("all", "errors", "off"), "requests to log")
     drain_seconds: float = setting(0.0, settings.seconds(zero=True), "after SIGTERM: unready but still accepting")
@@ -49,16 +49,16 @@ class CommonSettings:
 
 
 MakeApplication = Callable[[Any], web.Application]
-"""Makes an application from its settings. Its cleanup contexts must not wait for any other part."""
+"""Makes an application from its settings. Its cleanup contexts must not wait for a dependency."""
 
 
 async def serve(
     application: MakeApplication, options: CommonSettings, listener: socket.socket, max_connections: int
 ) -> None:
-    """Serve until SIGTERM or SIGINT, and end step by step; a second signal skips the waiting."""
+    """Serve until SIGTERM or SIGINT, then shut down step by step; a second signal skips the waiting."""
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
-    # Not `loop.add_signal_handler`: taking such a handler away lets a signal kill the process for a moment.
+    # Not `loop.add_signal_handler`: while such a handler is being removed, a signal can kill the process.
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(lambda: (hurry if stop.is_set() else stop).set()))
     loop.set_exception_handler(_stray_error_log())
@@ -70,32 +70,32 @@ async def serve(
         host, port = listener.getsockname()[:2]
         logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
         await stop.wait()
-        # 1. Unready, but still accepting: load balancers need their time to look elsewhere.
+        # 1. Unready, but still accepting: load balancers need time to stop sending requests.
         server.draining.set()
         logs.log(logging.INFO, "draining", drain_s=options.drain_seconds)
         await wait_for_event(hurry, options.drain_seconds)
-        # 2. No new connections. A client that connected before the signal may still wait to be accepted.
+        # 2. No new connections. A client that connected before the signal may still be waiting to be accepted.
         give_up = loop.time() + LAST_ACCEPTS
         while is_readable(listener) and loop.time() < give_up and not hurry.is_set():
             await wait_for_event(hurry, 0.001)
-        # First none is taken, then none is let in: asyncio fails where one comes in between (CPython gh-109564).
+        # Stop accepting first, then close: asyncio fails if a connection arrives in between (CPython gh-109564).
         loop.remove_reader(listener)
         await asyncio.sleep(0.01)
         acceptor.close()
-        # 3. What is in flight is finished.
+        # 3. Finish requests in flight.
         await server.finish(hurry, options.shutdown_seconds)
-        # 4. The session or the pool is closed: leaving the context ends the application's cleanup contexts.
+        # 4. Close the session or the pool: leaving the context ends the application's cleanup contexts.
     lag.cancel()
     logs.log(logging.INFO, "stopped")
-    # 5. Further signals find nothing left to hurry.
+    # 5. Ignore further signals: there is nothing left to hurry.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def allow_connections(max_files: int) -> int:
-    """Allow this process the open files it may need, if the system lets it. Return for how many connections they do.
+    """Raise this process's limit on open files, as far as the system allows. Return how many connections it allows.
 
-    The usual soft limit, 1024, is there for programs that call `select`.
+    The usual soft limit, 1024, exists for programs that call `select`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = max_files if hard == resource.RLIM_INFINITY else min(max_files, hard)
@@ -105,9 +105,9 @@ def allow_connections(max_files: int) -> int:
 
 
 def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """Log errors that no request waits for: a library's own, or a defect of ours. Never silent.
+    """Return a handler that logs errors that no request waits for: a library's own, or a defect of ours.
 
-    Without open files left, asyncio reports that some thousand times at once.
+    When no open files are left, asyncio reports this some thousand times at once.
     """
     lines = logs.RepeatLog()
 
@@ -120,12 +120,12 @@ def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], 
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind at once, so that an address in use is known before anything starts. Raises `OSError`."""
+    """Bind at once, so that an address in use is reported before anything starts. Raises `OSError`."""
     if host:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # IPv6 is switched off, or the port in use: the next line says which
+        with contextlib.suppress(OSError):  # IPv6 is off, or the port is in use: the last line finds out
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
     return socket.create_server(("", port), backlog=BACKLOG)
 
@@ -143,7 +143,7 @@ def main(
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     max_files: int = MAX_FILES,
 ) -> NoReturn:
-    """Run a server, or one of `actions` (option: what to do with the settings, its help)."""
+    """Run a server, or one of `actions` (option → function of the settings, help text)."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,
@@ -166,7 +166,7 @@ def main(
         sys.exit(0)
     try:
         listener = listen(options.host, options.port)
-    except (OSError, UnicodeError) as error:  # the latter for what can be no host name
+    except (OSError, UnicodeError) as error:  # UnicodeError: the text cannot be a host name
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
         _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
     logs.configure(name, options.log_level, options.log_format)

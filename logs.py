@@ -1,7 +1,8 @@
-"""Logs: one line for each event on stderr, as JSON or as text for people, that never holds up the event loop.
+"""Logs: one line on stderr for each event, as JSON or as text for people, without blocking the event loop.
 
-Rules kept here: every line a process writes comes through here, warnings of libraries included; a reader of stderr
-that has stopped reading costs lines, never time; the first of equal failures is logged at once, others are counted.
+Rules kept here: every line that the process writes goes through this module, warnings of libraries included; a reader
+of stderr that stops reading costs lines, never time; the first of equal failures is logged at once, the others are
+counted.
 """
 
 import asyncio
@@ -15,23 +16,23 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-MAX_QUEUED_LINES = 10_000  # some megabytes; what is over that while nobody reads stderr is dropped and counted
+MAX_QUEUED_LINES = 10_000  # some megabytes; while nobody reads stderr, further lines are dropped and counted
 REPEAT_INTERVAL = 1.0  # seconds between two lines about equal failures
 
 
 def log(level: int, message: str, *, exception: BaseException | None = None, **fields: object) -> None:
-    """Write one line with these fields; those that are None are left out."""
+    """Write one line with these fields, except those that are None."""
     logging.getLogger("messages").log(level, message, exc_info=exception, extra={"fields": fields})
 
 
 def describe(error: BaseException) -> str:
-    """An error's type and message in one line. Never its repr: a UnicodeError's holds its input, maybe a secret."""
+    """An error's type and message in one line. Never its repr: a UnicodeError's contains its input, maybe a secret."""
     text = error.reason if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else str(error)
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line; what a client sent cannot forge a line, since JSON escapes line ends."""
+    """One JSON object per line; no client can forge a line, since JSON escapes line breaks."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(JSONFormatter):
-    """For a terminal: time, level, service, message, then name=value, quoted as JSON where that is needed."""
+    """For a terminal: time, level, service, message, then name=value, quoted as JSON if necessary."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.fields(record)
@@ -89,14 +90,14 @@ class _QueuedHandler(logging.Handler):
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 log(logging.WARNING, "log lines were dropped: nobody read stderr", dropped=dropped)
-            # Not `print`: Python flushes its own buffer when it ends, waits there for a reader that is stuck, and
-            # ends with status 120 where nothing can be written.
-            with contextlib.suppress(OSError):  # nobody is left to tell
-                if sys.stderr is not None:  # closed from the start: its number may belong to a client's socket now
+            # Not `print`: when Python exits, it flushes its own buffer, waits there for a stuck reader, and exits with
+            # status 120 if it cannot write.
+            with contextlib.suppress(OSError):  # there is nowhere left to report it
+                if sys.stderr is not None:  # None: closed from the start, and a client's socket may now have its number
                     os.write(sys.stderr.fileno(), f"{line}\n".encode(errors="backslashreplace"))
 
     def close(self) -> None:
-        """Write what is queued, for a second at most: a reader that is stuck must not keep the process from ending."""
+        """Write the queued lines, for a second at most: a stuck reader must not keep the process from exiting."""
         try:
             self._lines.put_nowait(None)
             self._writer.join(1)
@@ -106,7 +107,7 @@ class _QueuedHandler(logging.Handler):
 
 
 def configure(service: str, level: str, form: str | None) -> None:
-    """Send all logs and warnings of the process to stderr, in `form` "json" or "text" (None: as the terminal asks)."""
+    """Send all logs and warnings to stderr, in `form` "json" or "text" (None: text on a terminal, else JSON)."""
     text = form == "text" or (form is None and sys.stderr is not None and sys.stderr.isatty())
     handler = _QueuedHandler()
     handler.setFormatter(TextFormatter(service) if text else JSONFormatter(service))
@@ -117,11 +118,11 @@ def configure(service: str, level: str, form: str | None) -> None:
 
 
 def _log_lost(error: BaseException | None) -> None:
-    log(logging.ERROR, "an error where nobody waits for it", cause=error and describe(error), exception=error)
+    log(logging.ERROR, "an error that no request waits for", cause=error and describe(error), exception=error)
 
 
 class RepeatLog:
-    """Writes the first of equal lines at once, then at most one in `REPEAT_INTERVAL` with how many more there were."""
+    """Writes the first of equal lines at once, then at most one per `REPEAT_INTERVAL`, with the number of repeats."""
 
     def __init__(self) -> None:
         self._repeats: dict[object, int] = {}

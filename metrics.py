@@ -1,7 +1,7 @@
-"""What Prometheus reads at `/metrics`.
+"""The metrics that Prometheus reads at `/metrics`.
 
-Rules kept here: names follow Prometheus and OpenTelemetry's HTTP conventions, with their unit; no label comes from
-what a client sends; what can be read when Prometheus asks is not counted at each request.
+Rules kept here: names follow Prometheus and OpenTelemetry's HTTP conventions, with their units; no label value comes
+from a client; a value that can be read when Prometheus asks is not counted at each request.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, His
 import logs
 from responses import Problem, Representation, RepresentationResponse
 
-LAG_INTERVAL = 0.5  # seconds between two looks at the event loop
+LAG_INTERVAL = 0.5  # seconds between two checks of the event loop
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the lines, and Prometheus does not need them
 
@@ -31,38 +31,38 @@ _REQUESTS = Histogram(
 )
 _RUNS = Histogram(
     "coalescing_run_callers",
-    "Callers that a run settled, by its outcome and by why it was started",
+    "Callers that a run settled, by the run's outcome and the reason for it",
     ("outcome", "reason"),
     buckets=_CALLERS,
 )
-_LAG = Histogram("event_loop_lag_seconds", "How much later than due the event loop runs a timer", buckets=_SECONDS)
+_LAG = Histogram("event_loop_lag_seconds", "How late the event loop runs a timer", buckets=_SECONDS)
 ACTIVE_REQUESTS = Gauge("http_server_active_requests", "Requests in flight")
 _DEPENDENCY_ERRORS = Counter(
     "dependency_errors",
-    "Failures of what is behind this server that clients saw, or nobody",
+    "Failures of this server's dependencies, by kind and by whether clients saw them",
     ("error_type", "seen_by"),
 )
-# OpenTelemetry's name, as its exporter for Prometheus writes it; promtool would keep `_count` for histograms.
+# OpenTelemetry's name, as its exporter for Prometheus writes it; promtool would reserve `_count` for histograms.
 CONNECTIONS = Gauge("db_client_connection_count", "Connections to the database", ("db_client_connection_state",))
-MAX_CONNECTIONS = Gauge("db_client_connection_max", "Connections to the database that there can be")
-CONNECT_FAILURES = Counter("db_client_connect_failures", "Connections to the database that could not be made")
+MAX_CONNECTIONS = Gauge("db_client_connection_max", "Most connections to the database that this server opens")
+CONNECT_FAILURES = Counter("db_client_connect_failures", "Failed attempts to connect to the database")
 BUILD = Info("messages_build", "Version of this server, and of Python")
 
-# The library looks labels up under a lock, which takes longer than all the rest of an observation.
+# The library looks labels up under a lock, which takes longer than the rest of an observation.
 _requests = functools.cache(_REQUESTS.labels)
 _runs = functools.cache(_RUNS.labels)
 
 
 def observe_request(method: str, route: str | None, status: int, seconds: float) -> None:
-    """Count a request; `route` is None for a path that no route has."""
+    """Count a request; `route` is None if no route has its path."""
     known_method = method if method in hdrs.METH_ALL else "_OTHER"
     _requests(known_method, route or "unmatched", status).observe(seconds)
 
 
 class Dependency:
-    """What a server stands on: counts its failures, and logs when it is back after one that clients saw.
+    """A dependency of a server: counts its failures, and logs its return after a failure that clients saw.
 
-    That it went away is logged by the requests that fail.
+    The failed requests log its absence.
     """
 
     def __init__(self, name: str) -> None:
@@ -72,7 +72,7 @@ class Dependency:
         self._unseen: Problem | None = None
 
     def observe_run(self, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
-        """What a `Coalescer` calls for each run that ended."""
+        """Called by a `Coalescer` after each run."""
         _runs(outcome, reason).observe(callers)
         if outcome == "answered":
             self.answered()
@@ -86,7 +86,7 @@ class Dependency:
             self._lines.write("back", logging.INFO, f"{self._name} answers again", outage_s=seconds)
 
     def failed(self, problem: Problem, *, seen: bool = True) -> None:
-        """`seen`: by a client."""
+        """Count a failure; `seen` by a client or not."""
         _DEPENDENCY_ERRORS.labels(problem.kind, "clients" if seen else "nobody").inc()
         if seen:
             self._away_since = self._away_since or time.monotonic()
@@ -96,14 +96,14 @@ class Dependency:
             self._lines.write(problem.cause, logging.WARNING, message, cause=problem.cause)
 
     def reached_client(self, problem: Problem) -> None:
-        """Call this for what a client gets: maybe a failure that was being repeated when the client's time was up."""
+        """Call this for each problem that a client gets: with its time up, it may get a failure counted as unseen."""
         if problem is self._unseen:
             self._unseen = None
             self.failed(problem)
 
 
 async def watch_event_loop() -> None:
-    """Measure for ever how late timers are: what blocks the event loop shows here first."""
+    """Measure for ever how late timers are: whatever blocks the event loop shows here first."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LAG_INTERVAL

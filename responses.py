@@ -1,8 +1,8 @@
-"""Representations, sent as ready bytes, and problems: all of a response that does not depend on who asks.
+"""Representations, sent as ready bytes, and problems: the part of a response that does not depend on the client.
 
-Rules kept here: a representation is made once and can be sent to many; what a middleware adds to a response reaches
-the client; every error is a problem (RFC 9457), whose public part says what a client can act on and nothing of what
-is behind the server.
+Rules kept here: a representation is made once and can be sent to many clients; what a middleware adds to a response
+reaches the client; every error is a problem (RFC 9457), whose public part tells a client what it can act on, and
+nothing about the system's internals.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from http import HTTPStatus
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.helpers import rfc822_formatted_time  # not documented, but made only once a second
+from aiohttp.helpers import rfc822_formatted_time  # undocumented, but it formats the time only once a second
 from multidict import CIMultiDict
 
 MESSAGE_SERVICE = "message_service"
@@ -41,7 +41,7 @@ class Representation:
         self.head = _head(status, self.fields)
 
     def is_known(self, if_none_match: str) -> bool:
-        """Whether the client has it already: RFC 9110, 13.1.2, the weak comparison against a list or `*`."""
+        """Whether the client already has it: RFC 9110, 13.1.2, weak comparison with a list or `*`."""
         tags = (tag.strip().removeprefix("W/") for tag in if_none_match.split(","))
         return bool(self.etag) and (if_none_match.strip() == "*" or self.etag in tags)
 
@@ -57,21 +57,21 @@ def _head(status: int, fields: Mapping[str, str]) -> bytes:
 
 
 def end_connection(response: web.StreamResponse) -> None:
-    """Let a response be the last of its connection; also when aiohttp has made its header fields already."""
+    """Make a response the last one on its connection, even if aiohttp has already prepared its header fields."""
     response.force_close()
     response.headers[hdrs.CONNECTION] = "close"
 
 
 class RepresentationResponse(web.StreamResponse):
-    """Sends a representation, or 304 to a client that has it already.
+    """Sends a representation, or 304 to a client that already has it.
 
-    It writes the ready bytes, and after them what others have added to `headers` and `cookies`: an ordinary
-    `web.Response` composes all header fields for each request, which takes some 15 µs longer. A field that is added
-    replaces the representation's own.
+    It writes the ready bytes, and whatever others have added to `headers` and `cookies`: an ordinary `web.Response`
+    composes all header fields for each request, which takes some 15 µs longer. An added field replaces the
+    representation's own.
     """
 
     def __init__(self, request: web.BaseRequest, representation: Representation, *, routed: bool = True) -> None:
-        """`routed`: an application has been asked, whose signals this response is to be sent to."""
+        """`routed`: an application handled the request, so its signals must see this response."""
         if_none_match = request.headers.get(hdrs.IF_NONE_MATCH)
         known = if_none_match is not None and representation.is_known(if_none_match)
         super().__init__(status=HTTPStatus.NOT_MODIFIED if known else representation.status)
@@ -89,7 +89,7 @@ class RepresentationResponse(web.StreamResponse):
         return self._keeps_connection if self._sent else super().keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send it. Raises ConnectionResetError when the client has left, ValueError for a field with a line end."""
+        """Send it. Raises ConnectionResetError if the client has left, ValueError for a field with a line break."""
         if self._sent:
             return request.writer
         if self._routed:
@@ -139,9 +139,9 @@ class RepresentationResponse(web.StreamResponse):
 class Problem(web.HTTPException):
     """An error as a client sees it, and as the log reports it.
 
-    `detail` and `part` are public; `cause` and `downstream_request_id` are for the log only. `kind` is the last part
-    of the problem's type; without it the status says all. `part` is which part of the system behind this server
-    failed, `MESSAGE_SERVICE` or `DATABASE`, for programs, which must not read it out of `detail` (RFC 9457, 3.1.4).
+    `detail` and `part` are public; `cause` and `downstream_request_id` are for the log only. `kind` is the last segment
+    of the problem's type; None if the status says enough. `part` is the part of the system that failed behind this
+    server, `MESSAGE_SERVICE` or `DATABASE`, for programs, which should not parse `detail` (RFC 9457, 3.1.4).
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Problem(web.HTTPException):
         super().__init__(headers=headers, text=detail)
 
     def copy(self) -> "Problem":
-        """The same for another request, since middlewares may add header fields to an exception."""
+        """The same problem for another request, since middlewares may add header fields to an exception."""
         copy = Problem(self.status, self.detail, kind=self.kind, headers=self._fields, part=self.part, cause=self.cause)
         copy.downstream_request_id = self.downstream_request_id
         return copy
@@ -180,7 +180,7 @@ def problem_of(error: web.HTTPException) -> Problem:
         detail = f"Only {' and '.join(sorted(error.allowed_methods))} work here."
     else:
         detail = HTTPStatus(error.status).description
-    if error.text and error.text != f"{error.status}: {error.reason}":  # the words of the code that raised it
+    if error.text and error.text != f"{error.status}: {error.reason}":  # a text from the code that raised it
         detail = error.text
     problem = Problem(error.status, detail)
     problem.headers.update(error.headers)

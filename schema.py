@@ -1,7 +1,7 @@
-"""What `--apply-schema` does: make the table, and the role that may only read it.
+"""The command `--apply-schema`: create the table, and the role that can only read it.
 
-Rules kept here: it waits for a database that is away; several at once are safe; where the table is there already, it
-needs no more rights than to read. It blocks: it is no part of a server.
+Rules kept here: it waits for an unreachable database; several at once are safe; if the table already exists, it needs
+only the right to read. It blocks: no server calls it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import logs
 
 WAIT = 60.0  # seconds
 INTERVAL = 0.5  # seconds between two attempts
-# What waiting does not change. Only the text says which: there is no code for what happens while psycopg2 connects.
+# Errors that waiting does not cure. Only their text identifies them: psycopg2 has no code for errors while it connects.
 REFUSALS = (
     *("authentication failed", "no password supplied", "not permitted", "permission denied", "pg_hba.conf"),
     *("does not exist", "no such database", "no such user", " certificate", "does not support SSL"),
@@ -35,7 +35,7 @@ class Login(NamedTuple):
 def apply(dsn: str, owner: Login, reader: Login) -> str:
     """Apply schema.sql as `owner`, and let `reader`, if that is another role, log in and read.
 
-    It is enough if `reader` can read already. Returns what was done. Raises `psycopg2.Error`.
+    If that fails, it is enough that `reader` can already read. Returns what it did. Raises `psycopg2.Error`.
     """
     deadline = time.monotonic() + WAIT
     while True:
@@ -70,7 +70,7 @@ def _change(dsn: str, owner: Login, reader: Login) -> None:
         if not cursor.rowcount:
             cursor.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
         cursor.execute(sql.SQL("GRANT SELECT ON messages TO {}").format(role))
-        if reader.password:  # hashed here, so that no log of the server's can hold it
+        if reader.password:  # hashed here, so that the database server's log cannot contain it
             verifier = encrypt_password(reader.password, reader.user, cursor.connection, "scram-sha-256")
             cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
         cursor.execute("COMMIT")
@@ -78,7 +78,7 @@ def _change(dsn: str, owner: Login, reader: Login) -> None:
 
 @contextlib.contextmanager
 def _connect(dsn: str, login: Login) -> Iterator[Any]:
-    """A cursor whose statements are transactions of their own, and leave nothing set in the session."""
+    """A cursor with each statement in its own transaction, so that nothing stays set in the session."""
     with contextlib.closing(psycopg2.connect(dsn, **login._asdict())) as connection:
         connection.autocommit = True
         yield connection.cursor()

@@ -1,7 +1,7 @@
 -- The table that the message service reads, with sample strings.
--- Idempotent and safe when several apply it at once: the advisory lock lets one in at a time
+-- Idempotent, and safe if several clients apply it at once: the advisory lock admits one at a time
 -- (CREATE TABLE IF NOT EXISTS alone can fail on a race in the catalogue), and the strings are
--- inserted only into a table that is empty, so a message that somebody changed is kept.
+-- inserted only into an empty table, so a changed message is kept.
 BEGIN;
 SET LOCAL statement_timeout = '1min';
 SELECT pg_advisory_xact_lock(7236832837);

@@ -1,8 +1,8 @@
-"""The server around an application: what holds for every request, whatever the application's routes are.
+"""The server around an application: everything that applies to every request, whatever the application's routes.
 
-Rules kept here: every response carries the request's id and never the software's name; whatever happens becomes a
-response, and every error a problem, what aiohttp's router, `Expect` handling and parser refuse included; no client
-can keep others out, or hold what it does not use.
+Rules kept here: every response carries the request's id and never the software's name; every failure becomes a
+response, and every error a problem, including those of aiohttp's router, `Expect` handling and parser; no client can
+lock others out, or hold resources that it does not use.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from responses import REQUEST_ID, Problem, Representation, RepresentationRespons
 VERSION = "0.1.0"
 
 KEEPALIVE_TIMEOUT = 75.0  # seconds; longer than the 60 for which an AWS load balancer keeps an idle connection
-HALF_CLOSED_CHECKS = 100  # at most, one each hundredth of a second, whether a half-closed connection is idle
-LINGERING_TIME = 1.0  # seconds that the rest of a request's body is read and thrown away after the response
-SEND_TIMEOUT = 10.0  # seconds in which a client has to read most of what it has been sent
-LAST_REQUESTS = 0.2  # seconds that a connection accepted last has to show its request
-MAX_FIELD = 16_384  # bytes of a header field, which is what a load balancer passes on
-MAX_TARGET = 16_000  # bytes of a request's target; another number, since aiohttp's error names nothing but the limit
+HALF_CLOSED_CHECKS = 100  # at most, one each hundredth of a second, of whether a half-closed connection is idle
+LINGERING_TIME = 1.0  # seconds for which the rest of a request's body is read and discarded after the response
+SEND_TIMEOUT = 10.0  # seconds in which a client must read most of what it has been sent
+LAST_REQUESTS = 0.2  # seconds in which the connections accepted last must send their requests
+MAX_FIELD = 16_384  # bytes of a header field; a load balancer passes on as many
+MAX_TARGET = 16_000  # bytes of a request's target; differs from MAX_FIELD, since aiohttp's error names only the limit
 MAX_FIELDS = 256
 
 DRAINING = web.AppKey("draining", asyncio.Event)
@@ -45,12 +45,12 @@ _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
 async def alive(request: web.Request) -> web.StreamResponse:
-    """`/healthz`: this process can answer, whatever is behind it."""
+    """`/healthz`: this process can answer, whatever the state of its dependencies."""
     return RepresentationResponse(request, _ALIVE)
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
-    """`/readyz`: send requests here. Raises `Problem` while the server drains."""
+    """`/readyz`: this server should get requests. Raises `Problem` while it drains."""
     draining = request.app.get(DRAINING)
     if draining and draining.is_set():
         raise responses.not_ready("This server is about to stop.")
@@ -58,14 +58,15 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 
 class Server(web.Server):
-    """Serves an application: a context that starts it, and ends it on leaving. Call it to get a protocol for a socket,
-    as `loop.create_server` does.
+    """Serves an application: a context manager that starts and ends it. Call it for a protocol for a socket, as
+    `loop.create_server` does.
 
-    Around the application, since middlewares and signals never see what aiohttp's own router and parser answer.
+    It stands around the application, since middlewares and signals never see the answers of aiohttp's router and
+    parser.
     """
 
     def __init__(self, app: web.Application, access_log: str = "errors", max_connections: int = 1000) -> None:
-        # A handler is cancelled when its client leaves: nobody is left to wait for the response.
+        # Cancels a handler when its client leaves, since nobody then waits for the response.
         super().__init__(self._respond, handler_cancellation=True)
         self.draining = app[DRAINING] = asyncio.Event()
         app.on_response_prepare.append(self._complete)
@@ -73,8 +74,8 @@ class Server(web.Server):
         self._runner = web.AppRunner(app)
         self._access_log = access_log
         self._max_connections = max_connections
-        self._open: dict[web.RequestHandler, None] = {}  # connections, in the order of their arrival
-        self._in_flight: set[web.RequestHandler] = set()  # connections with a request in hand
+        self._open: dict[web.RequestHandler, None] = {}  # connections, in order of arrival
+        self._in_flight: set[web.RequestHandler] = set()  # connections with a request in flight
         self._failures = logs.RepeatLog()
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
         metrics.ACTIVE_REQUESTS.set_function(lambda: len(self._in_flight))
@@ -88,14 +89,14 @@ class Server(web.Server):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # aiohttp waits twice as long as is said here, and for ever for 0: `finish` waits, if anything does.
+        # aiohttp waits twice this long, and for ever for 0. Any waiting is up to `finish`, before this.
         await self.shutdown(0.01)
         await self._runner.cleanup()
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Let the application answer. Raises `web.HTTPException` that is no error, such as a redirect."""
+        """Let the application answer. Raises a `web.HTTPException` that is not an error, such as a redirect."""
         started = time.perf_counter()
         if request.version < HttpVersion10:
             return self.refuse(request, Problem(HTTPStatus.BAD_REQUEST, "HTTP before 1.0 is not spoken here."))
@@ -125,7 +126,7 @@ class Server(web.Server):
         resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
         route = resource.canonical if resource else await self._refusing_route(request)
         metrics.observe_request(request.method, route, response.status, seconds)
-        # The start of the drain is logged; that probes see it is no news.
+        # The start of the drain is logged already, so probes that see it are not.
         expected = problem and problem.kind == "not-ready" and self.draining.is_set()
         if (problem and not expected) or self._access_log == "all":
             self._log(request, route, response.status, seconds, problem)
@@ -134,7 +135,7 @@ class Server(web.Server):
         return response
 
     async def _refusing_route(self, request: web.BaseRequest) -> str | None:
-        """The route that has the request's path, but not its method; None if there is none."""
+        """The route with the request's path but not its method; None if there is none."""
         for resource in self._app.router.resources():
             _, allowed_methods = await resource.resolve(request)  # type: ignore[arg-type]
             if allowed_methods:
@@ -142,18 +143,18 @@ class Server(web.Server):
         return None
 
     async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Called before a response is sent (signal `on_response_prepare`), be it sent by its handler or after it."""
-        if not isinstance(response, RepresentationResponse):  # which writes the id by itself, and no name
+        """Called before a response is sent (signal `on_response_prepare`), whether or not its handler sends it."""
+        if not isinstance(response, RepresentationResponse):  # which itself writes the id, and no name
             response.headers["X-Request-ID"] = request[REQUEST_ID]
             response.headers[hdrs.SERVER] = ""  # instead of aiohttp's name
         misframed = request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers  # RFC 9112, 6.1
-        # aiohttp's parser loses what follows an Upgrade (h2c, say) that nobody takes up.
+        # aiohttp's parser loses whatever follows an Upgrade (h2c, say) that no handler accepts.
         upgrade_declined = hdrs.UPGRADE in request.headers and response.status != HTTPStatus.SWITCHING_PROTOCOLS
         if self.draining.is_set() or misframed or upgrade_declined:
             responses.end_connection(response)
 
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
-        """The response where the application was not asked, or gave one that could not be sent."""
+        """The response if the application was not asked, or its own response could not be sent."""
         request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
         metrics.observe_request("_OTHER", None, problem.status, 0)
         self._log(request, None, problem.status, 0, problem)
@@ -166,7 +167,7 @@ class Server(web.Server):
     ) -> RepresentationResponse:
         document = responses.problem_representation(problem, request[REQUEST_ID])
         response = RepresentationResponse(request, document, routed=routed)
-        for name, value in problem.headers.items():  # such as Allow, and what middlewares have added
+        for name, value in problem.headers.items():  # such as Allow, and fields that middlewares have added
             if name not in (hdrs.CONTENT_TYPE, hdrs.CONTENT_LENGTH):
                 response.headers.add(name, value)
         response.cookies.update(problem.cookies)
@@ -175,7 +176,7 @@ class Server(web.Server):
     def _log(
         self, request: web.BaseRequest, route: str | None, status: int, seconds: float, problem: Problem | None
     ) -> None:
-        """One line: always for failures of ours (5xx), for others as ACCESS_LOG says."""
+        """Write one line: always for our own failures (5xx), for other responses according to ACCESS_LOG."""
         ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
         if self._access_log == "off" and not ours:
             return
@@ -211,7 +212,7 @@ class Server(web.Server):
             max_line_size=MAX_TARGET,
             max_field_size=MAX_FIELD,
             max_headers=MAX_FIELDS,
-            auto_decompress=False,  # a body that nobody reads would cost time, or fail with a traceback
+            auto_decompress=False,  # decompressing an unread body would cost time, or fail with a traceback
         )
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
@@ -228,11 +229,11 @@ class Server(web.Server):
         self._open.pop(handler, None)
 
     def _make_room(self) -> None:
-        """Close some of the oldest idle connections: holding many keeps nobody out, probes included."""
+        """Close some of the oldest idle connections, so that clients that hold many lock out no other, nor a probe."""
         limit = self._max_connections
         self._failures.write("full", logging.WARNING, "too many connections: closing the oldest idle ones", limit=limit)
         idle = [connection for connection in self._open if self.is_idle(connection)]
-        for connection in idle[: limit // 64 + 1]:  # not one at a time, since looking at all of them takes a while
+        for connection in idle[: limit // 64 + 1]:  # several at once, since looking at all of them takes a while
             connection.force_close()
             del self._open[connection]
 
@@ -240,9 +241,9 @@ class Server(web.Server):
         return connection not in self._in_flight
 
     async def finish(self, hurry: asyncio.Event, timeout: float) -> None:
-        """Close idle connections, and wait for the responses on the others, at the latest for `timeout` seconds.
+        """Close idle connections, and wait for the responses on the others, for at most `timeout` seconds.
 
-        To be called when no more connections are accepted. `hurry` ends the waiting.
+        Call it when no more connections are accepted. `hurry` ends the waiting.
         """
         deadline = time.monotonic() + timeout
         grace = time.monotonic() + min(timeout, LAST_REQUESTS)
@@ -260,14 +261,14 @@ class Server(web.Server):
         return [transport.get_extra_info("socket") for transport in transports if transport]
 
     def _busy(self) -> bool:
-        """Whether a request is in flight, or a response not yet with the kernel."""
+        """Whether a request is in flight, or a response has not yet reached the kernel."""
         return bool(self._in_flight) or any(
             connection.transport and connection.transport.get_write_buffer_size() for connection in self.connections
         )
 
 
 def is_readable(*sockets: socket.socket) -> bool:
-    """Whether the kernel holds something for one of these that has not been read, or a connection not accepted."""
+    """Whether the kernel holds unread data, or an unaccepted connection, for one of these."""
     poll = select.poll()
     for each in sockets:
         poll.register(each, select.POLLIN)
@@ -275,14 +276,14 @@ def is_readable(*sockets: socket.socket) -> bool:
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set, but not longer than this."""
+    """Wait until the event is set, but at most this long."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
 
 
 def mistake(error: BaseException) -> Problem:
-    """What a client sees of a defect, which the log describes."""
+    """The problem that a client sees after a defect; the log has the details."""
     cause = logs.describe(error)
     problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This server made a mistake.", cause=cause)
     problem.__cause__ = error
@@ -290,7 +291,7 @@ def mistake(error: BaseException) -> Problem:
 
 
 class _Connection(web.RequestHandler):
-    """Answers what the parser refuses as a problem, and ends a connection whose client does not read or has left."""
+    """Answers with a problem what the parser refuses, and ends a connection if its client does not read or has left."""
 
     __slots__ = ("_server", "_stalled")
 
@@ -300,7 +301,7 @@ class _Connection(web.RequestHandler):
         self._stalled: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """What a client does not read is memory."""
+        """Limit for how long a client that does not read can occupy memory."""
         super().pause_writing()
         if self.transport:
             self._stalled = asyncio.get_running_loop().call_later(SEND_TIMEOUT, self.transport.abort)
@@ -315,16 +316,16 @@ class _Connection(web.RequestHandler):
         if self._stalled:
             self._stalled.cancel()
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp says None, asyncio what is here
-        """Let responses under way still go out to a client that has only ended its sending side (`nc -N`).
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp declares None, asyncio the type here
+        """Still send responses in progress to a client that has only closed its sending side (`nc -N`).
 
-        For a second: it looks like one that has left, for whom nothing should go on for long.
+        For a second: it looks like a client that has left, and work for that one should not go on for long.
         """
         self._close_when_idle(HALF_CLOSED_CHECKS)
         return True
 
     def _close_when_idle(self, checks: int, was_idle: bool = False) -> None:
-        """Idle twice in a row: between two requests that came together, a connection looks idle once."""
+        """Close once it was idle twice in a row: between two pipelined requests, a connection looks idle once."""
         idle = self._server.is_idle(self)
         if (idle and was_idle) or not checks:
             self.force_close()
@@ -338,8 +339,8 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """What to answer to a request that the parser refuses, or whose response cannot be sent."""
-        # The parser's message goes on with what the client sent, which may be a secret.
+        """The answer to a request that the parser refuses, or whose response cannot be sent."""
+        # After the colon, the parser's message quotes what the client sent, which may be a secret.
         cause = (message or "").partition(":")[0][:100]
         if isinstance(exc, LineTooLong) and exc.args[1] == MAX_TARGET:
             problem = Problem(HTTPStatus.REQUEST_URI_TOO_LONG, f"The target has more than {MAX_TARGET} bytes.")
@@ -351,6 +352,6 @@ class _Connection(web.RequestHandler):
             problem = Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
         elif status == HTTPStatus.BAD_REQUEST:
             problem = Problem(status, "This is not a well-formed HTTP request.", cause=cause)
-        else:  # such as no memory for the response
+        else:  # such as too little memory for the response
             problem = mistake(exc or RuntimeError(message))
         return self._server.refuse(request, problem)

@@ -1,8 +1,7 @@
 """Settings from environment variables: declared once, checked all at once, printed by `--help`.
 
-A server declares its settings as a frozen dataclass whose fields are made by `setting`; the environment variable
-is the field's name in capitals. An empty variable counts as not set, since that is how Compose and Kubernetes
-pass a value that somebody left out.
+A server declares its settings as a frozen dataclass with fields made by `setting`; the environment variable is the
+field's name in capitals. An empty variable counts as unset, since Compose and Kubernetes pass omitted values that way.
 """
 
 import dataclasses
@@ -14,14 +13,14 @@ from typing import Any, TypeVar
 
 from yarl import URL
 
-# No value of a variable holds control characters, or surrogates, which stand for bytes that are no UTF-8.
+# Characters that no value may hold: control characters, and surrogates, which stand for bytes that are not UTF-8.
 _IMPOSSIBLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a variable may hold: what `parse` takes (else it raises ValueError or OSError) and `accepts` allows."""
+    """The values a variable may hold: those that `accepts` allows after `parse`, which raises ValueError or OSError."""
 
     expected: str
     parse: Callable[[str], Any]
@@ -30,7 +29,7 @@ class Kind:
 
 def _is_host(text: str) -> bool:
     if text.startswith("/"):
-        return "," not in text  # which would be several
+        return "," not in text  # a comma would separate several
     try:
         return bool(ipaddress.ip_address(text))
     except ValueError:
@@ -38,7 +37,7 @@ def _is_host(text: str) -> bool:
 
 
 def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):  # `int` takes signs, underscores and all scripts' digits
+    if not (text.isascii() and text.isdecimal()):  # `int` also takes signs, underscores and digits of other scripts
         raise ValueError(text)
     return int(text)
 
@@ -65,22 +64,22 @@ def _readable_file(text: str) -> str:
         return text
 
 
-PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0: the system chooses")
+PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0 lets the system choose")
 PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
-TEXT = Kind("UTF-8 text without control characters, and without white space at its ends", str)
+TEXT = Kind("UTF-8 text without control characters and without white space at either end", str)
 HOST = Kind("a host name or address without port, or a folder's path", str, _is_host)
 BASE_URL = Kind("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
 READABLE_FILE = Kind("the path of a file that this process can read", _readable_file)
 
 
 def setting(default: object, kind: Kind, meaning: str, *, secret: bool = False, shown: str | None = None) -> Any:
-    """Declare a setting; `shown` is how `--help` prints the default where its value says too little."""
+    """Declare a setting; `shown` is the default as `--help` prints it, if the value alone says too little."""
     metadata = {"kind": kind, "meaning": meaning, "secret": secret, "shown": shown}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class SettingsError(Exception):
-    """At least one setting is wrong. `problems` has a line for each."""
+    """At least one setting is wrong. `problems` has a line for each wrong one."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -91,7 +90,7 @@ Settings = TypeVar("Settings")
 
 
 def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
-    """Return the settings that `environ` holds. Raises `SettingsError` that names all the wrong ones."""
+    """Return the settings in `environ`. Raises `SettingsError`, which names all the wrong ones."""
     values: dict[str, object] = {}
     problems = []
     for field in dataclasses.fields(declaration):  # type: ignore[arg-type]  # always a dataclass
@@ -106,13 +105,13 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
             wrong = not kind.accepts(values[field.name])
         except (ValueError, OSError):
             wrong = True
-        if wrong:  # a URL or connection string may hold a password, too
+        if wrong:  # a URL or connection string may also hold a password
             secret = field.metadata["secret"] or "@" in text or "password=" in text
             held = "(hidden)" if secret else repr(text)
             problems.append(f"{name}: {held} is not {kind.expected}")
     if problems:
         raise SettingsError(problems)
-    return declaration(**values)  # may raise `SettingsError` for settings that do not go together
+    return declaration(**values)  # may raise `SettingsError` for settings that conflict
 
 
 def table(declaration: type[Any]) -> str:

@@ -1,8 +1,7 @@
-"""Calls that would hold up the event loop (name look-ups, reading files), each in a daemon thread of its own.
+"""Calls that would block the event loop (name look-ups, reading files), each in its own daemon thread.
 
-Not in the event loop's default executor: its threads are few, so that a handful of look-ups that hang would hold up
-all others, and Python waits for them when the process ends. A daemon thread that hangs costs its stack, and nothing
-else waits for it.
+Not in the event loop's default executor: its threads are few, so a handful of hanging look-ups would block all others,
+and Python waits for them when the process exits. A hanging daemon thread costs its stack, and nothing waits for it.
 """
 
 import asyncio
@@ -20,12 +19,12 @@ Result = TypeVar("Result")
 
 
 async def call(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    """Return what `function` returns, or raise what it raises; OSError when no thread can be started.
+    """Return what `function` returns, or raise what it raises; OSError if no thread can be started.
 
-    A cancelled caller leaves the thread to its end.
+    If the caller is cancelled, the thread still runs to its end.
     """
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled under the thread's hands
+    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled while the thread sets it
 
     def work() -> None:
         try:
@@ -41,17 +40,17 @@ async def call(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs)
 
 
 class Resolver(AbstractResolver):
-    """Looks names up anew for each connection, so that a name's new address is found at once."""
+    """Looks names up again for each connection, so that a name's new address is found at once."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Return the addresses of `host` in the order of preference (RFC 6724). Raises `OSError`."""
+        """Return the addresses of `host` in order of preference (RFC 6724). Raises `OSError`."""
         options = (host, port, family, socket.SOCK_STREAM)
         flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
         try:
             found = socket.getaddrinfo(*options, flags=flags)
-        except socket.gaierror:  # a name; an address needs no thread
+        except socket.gaierror:  # it is a name; an address needs no thread
             found = await call(socket.getaddrinfo, *options)
         return [
             ResolveResult(hostname=host, host=str(address[0]), port=port, family=family, proto=protocol, flags=flags)

