@@ -1,4 +1,4 @@
-"""Fixtures: what a test asks for is started for it, and ended after it, whatever state the test left it in.
+"""Fixtures: they start what a test asks for, and end it afterwards, whatever state the test left it in.
 
 With DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) set, tests that only need a database get one on that server;
 tests that break the server itself always use a cluster of their own.
@@ -112,7 +112,7 @@ def start() -> Iterator[Start]:
 
 
 def close_all(servers: list[Server]) -> None:
-    """Close each one, the last started first, and then report the first fault."""
+    """Close each one, the last started first, then report the first fault."""
     for server in reversed(servers):
         server.stop()
     faults = []
@@ -147,7 +147,7 @@ def shared_system(provider: Provider) -> Iterator[System]:
 
 @pytest.fixture
 def system(shared_system: System) -> Iterator[System]:
-    """The shared system; the message is as it was before when the test ends."""
+    """The shared system; when the test ends, the message is restored."""
     before = shared_system.database.sql("SELECT content FROM messages ORDER BY id LIMIT 1")[0][0]
     yield shared_system
     shared_system.database.set_message(before)
@@ -169,7 +169,7 @@ async def make_proxy() -> AsyncIterator[MakeProxy]:
 
 @pytest.fixture
 async def make_peer() -> AsyncIterator[MakePeer]:
-    """Starts HTTP servers that say what the test says: `await make_peer(b"HTTP/1.1 200 OK…")`."""
+    """Starts HTTP servers that send what the test specifies: `await make_peer(b"HTTP/1.1 200 OK…")`."""
     peers = []
 
     async def make(script: bytes | Script, *, keep_alive: bool = False) -> Peer:

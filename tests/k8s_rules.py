@@ -1,4 +1,4 @@
-"""What a cluster makes of k8s.yaml: objects by name, selectors, network policies, and the environment of a container.
+"""How a cluster reads k8s.yaml: objects by name, selectors, network policies, and a container's environment.
 
 Only as much of the Kubernetes API as the file uses. Whatever else the file may come to hold raises KeyError or
 AssertionError here, so that no rule is passed over in silence.
@@ -17,7 +17,7 @@ Object = dict[str, Any]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping; YAML libraries keep the last one and say nothing."""
+    """Refuses a key that appears twice in a mapping; YAML libraries silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
@@ -36,25 +36,25 @@ class Manifest:
         return cls([*yaml.load_all(path.read_text(), _UniqueKeys)])
 
     def copy(self) -> "Manifest":
-        """A deep copy, in which nothing is shared that a YAML alias shares."""
+        """A deep copy, without the sharing that YAML aliases cause."""
         return Manifest([_unshared(item) for item in self.objects])
 
     def of_kind(self, kind: str) -> list[Object]:
         return [item for item in self.objects if item["kind"] == kind]
 
     def find(self, kind: str, name: str) -> Object:
-        """The one object of this kind and name; AssertionError when there is none, or more than one."""
+        """The only object of this kind and name; AssertionError if there is none, or more than one."""
         found = [item for item in self.of_kind(kind) if item["metadata"]["name"] == name]
         assert len(found) == 1, f"{len(found)} objects {kind}/{name}"
         return found[0]
 
     def pod(self, name: str) -> Object:
-        """The pod that the Deployment `name` makes: metadata and spec."""
+        """The pod that the Deployment `name` creates: metadata and spec."""
         template: Object = self.find("Deployment", name)["spec"]["template"]
         return template
 
     def container(self, name: str) -> Object:
-        """The container that serves, of the Deployment `name`."""
+        """The serving container of the Deployment `name`."""
         (container,) = self.pod(name)["spec"]["containers"]
         assert isinstance(container, dict)
         return container
@@ -67,7 +67,7 @@ def _unshared(value: Any) -> Any:
 
 
 def all_containers(pod: Object) -> list[Object]:
-    """A pod's containers, those first that run before the others."""
+    """A pod's containers, beginning with its init containers."""
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
 
 
@@ -107,7 +107,7 @@ def killed_after(probe: Object) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody on the network; outside the cluster when there is no namespace."""
+    """A peer on the network; outside the cluster if it has no namespace."""
 
     name: str
     address: str
@@ -119,7 +119,7 @@ Port = tuple[str, int]
 
 
 def arrows(manifest: Manifest, peers: list[Peer], ports: list[Port]) -> Iterator[tuple[str, str, Port]]:
-    """Every (source, destination, port) that the policies let through, where they have a say at all."""
+    """Every (source, destination, port) that the policies allow, among those that they select."""
     home = manifest.of_kind("Namespace")[0]["metadata"]["name"]
     for source in peers:
         for destination in peers:
@@ -133,7 +133,7 @@ def arrows(manifest: Manifest, peers: list[Peer], ports: list[Port]) -> Iterator
 
 
 def _lets(manifest: Manifest, direction: str, pod: Peer, other: Peer, port: Port) -> bool:
-    """Kubernetes' rule: a pod that any policy selects may do what at least one of them allows, any other all."""
+    """Kubernetes' rule: a selected pod may do what at least one of its policies allows; any other pod, everything."""
     policies = [
         policy["spec"]
         for policy in manifest.of_kind("NetworkPolicy")
@@ -174,7 +174,7 @@ def _peer_matches(peer: Object, pod: Peer, other: Peer) -> bool:
 
 
 class NotStarted(Exception):
-    """The kubelet does not start the container, and tells why in an event."""
+    """The kubelet does not start the container; an event says why."""
 
 
 def configuration(manifest: Manifest, pod: Object, container: Object, folder: Path) -> dict[str, str]:

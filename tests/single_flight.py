@@ -1,4 +1,4 @@
-"""A server whose callers join a run that is under way: `python -m tests.single_flight gateway`.
+"""A server whose callers join a running call: `python -m tests.single_flight gateway`.
 
 This is what ordinary request coalescing does, and what the test of freshness has to find out.
 """

@@ -95,7 +95,7 @@ def extended_gateway() -> web.Application:
 async def test_what_a_middleware_adds_reaches_the_client(
     serve: Serve, method: str, path: str, status: int, caching: str
 ) -> None:
-    """Header fields and cookies, on errors too; a field that was there is replaced, not sent twice."""
+    """Header fields and cookies, on errors too; it can replace a field, which is not then sent twice."""
     answer = await get(await serve(extended_gateway()) + path, method)
     assert (answer.status, answer.headers["X-Added"]) == (status, "yes")
     assert answer.headers["Set-Cookie"].startswith("seen=1")
@@ -105,7 +105,7 @@ async def test_what_a_middleware_adds_reaches_the_client(
 
 
 async def test_other_methods_and_parameters_work(serve: Serve) -> None:
-    """A path with a parameter, a POST with a body, and what is wrong with them."""
+    """A path with a parameter, and a POST with a body, with their errors."""
     async with connection(await serve(extended_gateway())) as client:
         assert (await client.get("/items/x%20y")).json() == {"item": "x y"}
         added = await client.get("/items", "POST", body=b'{"a": 1}')
@@ -146,7 +146,7 @@ async def streams(request: web.Request) -> web.StreamResponse:
 
 
 async def test_exceptions_of_others_are_problems(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """With status, words and header fields; a redirect stays one; what nobody expected is a 500 that says nothing."""
+    """They keep status, text and header fields; a redirect stays one; an unexpected error is a 500 without details."""
     app = extended_gateway()
     routes = {"/401": raises_unauthorized, "/303": raises_redirect, "/500": raises_anything}
     app.add_routes([web.get(path, handler) for path, handler in routes.items()])
@@ -169,7 +169,7 @@ async def test_exceptions_of_others_are_problems(serve: Serve, caplog: pytest.Lo
 
 
 async def test_a_header_field_cannot_become_two(serve: Serve) -> None:
-    """A handler that puts what a client sent into one sends nothing at all, as with aiohttp's own responses."""
+    """A handler that copies a client's line breaks into a field sends nothing, as with aiohttp's own responses."""
     app = extended_gateway()
     app.add_routes([web.get("/split", splits)])
     assert await exchange(await serve(app), b"GET /split HTTP/1.1\r\nHost: x\r\n\r\n") == b""
@@ -187,7 +187,7 @@ async def test_a_streamed_response_is_like_any_other(serve: Serve) -> None:
 
 
 async def test_signals_are_sent(serve: Serve) -> None:
-    """`on_response_prepare` sees every response of the application, also of a route in a sub-application."""
+    """`on_response_prepare` sees every response of the application, including those of a sub-application."""
 
     async def sign(_request: web.Request, response: web.StreamResponse) -> None:
         response.headers["X-Signed"] = str(response.status)
@@ -207,7 +207,7 @@ async def test_signals_are_sent(serve: Serve) -> None:
 
 
 async def test_more_queries_than_connections_wait_for_one(serve: Serve, database: Database) -> None:
-    """Beside the shared query, whose runs may take all connections."""
+    """They run beside the shared query, whose runs may occupy all connections."""
 
     async def both(request: web.Request) -> web.Response:
         rows = await request.app[message_service.DATABASE_KEY].fetch("SELECT %s, pg_sleep(0.01)", 5)
@@ -238,7 +238,7 @@ lifecycle.main("gateway", "An extended gateway.", gateway.Settings, application)
 
 
 async def test_a_program_of_its_own_can_extend_the_gateway(start: Start) -> None:
-    """Ids, problems, probes and the drain hold for its routes, too."""
+    """Ids, problems, probes and draining work for its routes, too."""
     gateway = await start("gateway", program=("-c", PROGRAM), DOWNSTREAM_URL="http://127.0.0.1:1", DRAIN_SECONDS=10)
     async with connection(gateway.url) as client:
         for path, status in (("/items/a", 200), ("/nowhere", 404), ("/readyz", 200)):

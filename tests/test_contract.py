@@ -35,7 +35,7 @@ def url(system: System, part: str) -> str:
 
 
 def assert_problem(answer: Answer, status: int) -> None:
-    """A problem of plain HTTP: RFC 9457, with `about:blank` the title is the status phrase (4.2.1)."""
+    """A problem of plain HTTP (RFC 9457): with `about:blank`, the title is the status phrase (4.2.1)."""
     assert answer.status == status
     assert answer.headers["Content-Type"].split(";")[0] == "application/problem+json"
     problem = answer.json()
@@ -51,7 +51,7 @@ def assert_problem(answer: Answer, status: int) -> None:
 @ROUTES
 @pytest.mark.parametrize("name", CONTENTS)
 async def test_any_unicode_arrives_as_it_is_stored(system: System, part: str, path: str, name: str) -> None:
-    """Whatever PostgreSQL can store is what a client reads."""
+    """A client reads exactly what PostgreSQL stores."""
     system.database.set_message(CONTENTS[name])
     answer = await get(url(system, part) + path)
     assert (answer.status, answer.json()) == (200, {KEY[part]: CONTENTS[name]})
@@ -60,14 +60,14 @@ async def test_any_unicode_arrives_as_it_is_stored(system: System, part: str, pa
 
 @ROUTES
 async def test_json_is_utf_8_and_not_escaped(system: System, part: str, path: str) -> None:
-    """A person who reads the body sees the characters, not their numbers."""
+    """A person who reads the body sees characters, not escape sequences."""
     system.database.set_message("naïve 👋")
     assert "naïve 👋".encode() in (await get(url(system, part) + path)).body
 
 
 @ROUTES
 async def test_the_message_is_the_row_with_the_lowest_id(system: System, part: str, path: str) -> None:
-    """Not the one that was written last or first."""
+    """Not the row that was written first or last."""
     system.database.sql("INSERT INTO messages (id, content) OVERRIDING SYSTEM VALUE VALUES (-7, 'lowest')")
     try:
         assert (await get(url(system, part) + path)).json() == {KEY[part]: "lowest"}
@@ -78,7 +78,7 @@ async def test_the_message_is_the_row_with_the_lowest_id(system: System, part: s
 @PARTS
 @pytest.mark.parametrize("path", ["API", "/healthz", "/readyz"])
 async def test_head_is_get_without_the_body(system: System, part: str, path: str) -> None:
-    """Same status and headers, no body, and the connection goes on."""
+    """Same status and header fields, no body, and the connection stays open."""
     path = path.replace("API", {"gateway": "/api/string", "service": "/api/message"}[part])
     async with connection(url(system, part)) as client:
         head = await client.get(path, "HEAD")
@@ -99,7 +99,7 @@ async def test_probes_answer(system: System, part: str) -> None:
 @ROUTES
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_who_has_the_message_gets_304(system: System, part: str, path: str, method: str) -> None:
-    """A strong ETag that changes with the message; any of a list matches, weakly (RFC 9110, 13.1.2)."""
+    """The ETag is strong and changes with the message; If-None-Match is a list, compared weakly (RFC 9110, 13.1.2)."""
     async with connection(url(system, part)) as client:  # the same one, which a body after a 304 would break
         first = await client.get(path, method)
         etag = first.headers["ETag"]
@@ -119,7 +119,7 @@ async def test_who_has_the_message_gets_304(system: System, part: str, path: str
 @PARTS
 @pytest.mark.parametrize("given", ["7", "a.B_c-9", "x" * 128])
 async def test_a_clients_request_id_is_kept(system: System, part: str, given: str) -> None:
-    """It comes back on good answers and on errors."""
+    """Good answers and errors both return it."""
     for path in ("/healthz", "/api/string", "/api/message", "/nowhere"):
         answer = await get(url(system, part) + path, headers={"X-Request-ID": given})
         assert answer.request_id == given
@@ -128,7 +128,7 @@ async def test_a_clients_request_id_is_kept(system: System, part: str, given: st
 @PARTS
 @pytest.mark.parametrize("given", ["", "x" * 129, "two words", "a/b", "a,b", "é", "a;b", "<script>"])
 async def test_a_bad_request_id_is_replaced(system: System, part: str, given: str) -> None:
-    """The answer carries a new one, and another one for each request."""
+    """Each answer carries a new one."""
     answers = [await get(url(system, part) + "/healthz", headers={"X-Request-ID": given}) for _ in range(2)]
     ids = {answer.request_id for answer in answers}
     assert len(ids) == 2
@@ -140,7 +140,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 async def test_what_goes_downstream(start: Start, make_peer: MakePeer) -> None:
-    """The request id always, a valid traceparent as it is, an invalid one not at all."""
+    """The request id always, a valid traceparent unchanged, an invalid one not at all."""
     peer = await make_peer(response('{"message": "ok"}'))
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
 
@@ -169,7 +169,7 @@ async def test_what_goes_downstream(start: Start, make_peer: MakePeer) -> None:
 
 
 async def test_a_base_url_may_have_a_path(start: Start, make_peer: MakePeer) -> None:
-    """With or without a slash at its end."""
+    """With or without a slash at the end."""
     peer = await make_peer(response('{"message": "ok"}'))
     for base in ("/base", "/base/"):
         gateway = await start("gateway", DOWNSTREAM_URL=peer.url + base)
@@ -180,14 +180,14 @@ async def test_a_base_url_may_have_a_path(start: Start, make_peer: MakePeer) -> 
 @PARTS
 @pytest.mark.parametrize("path", ["/nowhere", "/api", "/api/string/", "//api/string", "/api/message/", "/%0a"])
 async def test_an_unknown_path_is_404(system: System, part: str, path: str) -> None:
-    """As a problem document."""
+    """The answer is a problem document."""
     assert_problem(await get(url(system, part) + path), 404)
 
 
 @PARTS
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "PROPFIND"])
 async def test_a_wrong_method_is_405(system: System, part: str, method: str) -> None:
-    """As a problem document, with what is allowed."""
+    """The answer is a problem document, and `Allow` lists the methods."""
     path = {"gateway": "/api/string", "service": "/api/message"}[part]
     for each in (path, "/healthz"):
         answer = await get(url(system, part) + each, method)
@@ -197,7 +197,7 @@ async def test_a_wrong_method_is_405(system: System, part: str, method: str) -> 
 
 @PARTS
 async def test_options_names_the_methods(system: System, part: str) -> None:
-    """As a health checker asks: 204 with what is allowed, and 404 where there is nothing."""
+    """As health checkers use it: 204 with `Allow`, and 404 for an unknown path."""
     async with connection(url(system, part)) as client:
         answer = await client.get("/readyz", "OPTIONS")
         assert (answer.status, answer.headers["Allow"], answer.body) == (204, "GET,HEAD", b"")
@@ -239,14 +239,14 @@ async def answer_to(url: str, request: bytes) -> Answer:
 @PARTS
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_malformed_http_is_400(system: System, part: str, name: str) -> None:
-    """As a problem document with a request id, without the server's name; then the connection is closed."""
+    """A problem document with a request id and without the server's name; then the connection closes."""
     assert_problem(await answer_to(url(system, part), MALFORMED[name]), 400)
 
 
 @PARTS
 @pytest.mark.parametrize("name", SIZES)
 async def test_what_is_too_long_is_called_so(system: System, part: str, name: str) -> None:
-    """What a load balancer passes is taken; above it, the status and the sentence say what is too long."""
+    """A length that a load balancer passes is accepted; beyond it, status and text say what is too long."""
     request, status = SIZES[name]
     answer = await answer_to(url(system, part), request)
     if status == 200:
@@ -258,7 +258,7 @@ async def test_what_is_too_long_is_called_so(system: System, part: str, name: st
 
 @PARTS
 async def test_a_target_may_be_a_whole_url(system: System, part: str) -> None:
-    """As proxies send it (RFC 9112, 3.2.2); without a path it means `/`."""
+    """As proxies send it (RFC 9112, 3.2.2); without a path, it means `/`."""
     for target, status in (("http://x/healthz", 200), ("http://x", 200 if part == "gateway" else 404)):
         request = GET.replace(b"/healthz", target.encode(), 1)
         assert (await answer_to(url(system, part), request + b"\r\n")).status == status
@@ -274,7 +274,7 @@ async def test_no_answer_names_the_software(system: System, part: str) -> None:
 
 
 async def test_server_timing_tells_where_the_time_went(system: System) -> None:
-    """Milliseconds for gateway, message service and database, each within the one before it."""
+    """Milliseconds for gateway, message service and database, each part of the one before it."""
     answer = await get(system.gateway.url + "/api/string")
     entries = {part.split(";")[0].strip(): part for part in answer.headers["Server-Timing"].split(",")}
     durations = [

@@ -1,4 +1,4 @@
-"""What a client sees, through both services, of a database that is broken, and when it is whole again.
+"""What a client sees, through both services, of a broken database, and after its recovery.
 
 The pitfalls of aiopg and psycopg2 in asynchronous mode have a test each.
 """
@@ -116,7 +116,7 @@ async def answers_well(url: str) -> bool:
 async def test_a_fault_gets_its_answer_and_heals(
     cluster: Cluster, start: Start, fault: Fault, status: int, kind: str
 ) -> None:
-    """A clear answer in time from both services while it lasts, a good one within a second after, nothing leaked."""
+    """A clear answer in time from both services while it lasts; a good one within a second after; no leak."""
     service = await start("message_service", **cluster.database().settings(), DB_TIMEOUT=1)
     gateway = await start("gateway", DOWNSTREAM_URL=service.url, DOWNSTREAM_TIMEOUT=3)
     urls = [gateway.url + "/api/string", service.url + "/api/message"]
@@ -148,12 +148,12 @@ async def test_a_fault_gets_its_answer_and_heals(
 
 @pytest.fixture
 async def service(start: Start, database: Database) -> Server:
-    """A message service for a database of its own."""
+    """A message service with its own database."""
     return await start("message_service", **database.settings(), DB_TIMEOUT=1)
 
 
 async def open_all_connections(service: Server, database: Database) -> None:
-    """Make the service use its whole pool, and then none of it."""
+    """Make the service open its whole pool, then leave it idle."""
     with database.locked():
         waiting = []
         while len(database.backends()) < 1 + 4:
@@ -180,7 +180,7 @@ def alter_the_column(database: Database) -> None:
 async def test_nobody_notices_a_change_between_requests(
     service: Server, database: Database, change: Callable[[Database], None]
 ) -> None:
-    """Connections that died or went stale while idle cost no request, however many they are."""
+    """Connections that died or went stale while idle cost no request, however many there are."""
     await open_all_connections(service, database)
     change(database)
     for answer in await asyncio.gather(*(get(service.url + "/api/message") for _ in range(5))):
@@ -190,7 +190,7 @@ async def test_nobody_notices_a_change_between_requests(
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 async def test_nobody_notices_a_restart_between_requests(cluster: Cluster, start: Start, mode: str) -> None:
-    """The first request after it is answered well."""
+    """The first request after it succeeds."""
     service = await start("message_service", **cluster.database().settings())
     assert await answers_well(service.url + "/api/message")
     cluster.restart(mode)
@@ -198,7 +198,7 @@ async def test_nobody_notices_a_restart_between_requests(cluster: Cluster, start
 
 
 async def test_a_query_cancelled_on_the_server_gets_an_answer(service: Server, database: Database) -> None:
-    """aiopg says CancelledError then, which a server takes for "the client has left" and answers nothing."""
+    """aiopg raises CancelledError then, which a server would take for a client that left, and not answer."""
     with database.locked():
         waiting = asyncio.create_task(get(service.url + "/api/message"))
         cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
@@ -213,7 +213,7 @@ async def test_a_query_cancelled_on_the_server_gets_an_answer(service: Server, d
 
 
 async def test_a_statement_timeout_on_the_server_gets_an_answer(start: Start, database: Database) -> None:
-    """Also where an administrator has set a shorter one than ours."""
+    """Even if an administrator has set a shorter one than ours."""
     database.sql(f'ALTER DATABASE "{database.name}" SET lock_timeout = 100')
     database.sql(f'ALTER DATABASE "{database.name}" SET statement_timeout = 100')
     service = await start("message_service", **database.settings(), DB_TIMEOUT=1)
@@ -223,7 +223,7 @@ async def test_a_statement_timeout_on_the_server_gets_an_answer(start: Start, da
 
 
 async def test_what_nobody_waits_for_ends_on_the_server_too(service: Server, database: Database) -> None:
-    """After a 504 no statement goes on waiting for the lock."""
+    """After a 504, no statement keeps waiting for the lock."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
     with database.locked():
         assert (await get(service.url + "/api/message", within=2)).status == 504
@@ -231,7 +231,7 @@ async def test_what_nobody_waits_for_ends_on_the_server_too(service: Server, dat
 
 
 async def test_a_client_that_leaves_ends_its_query(service: Server, database: Database) -> None:
-    """Many that ask and leave at once leave nothing behind, and hold up nobody."""
+    """Many clients that ask and leave at once leave nothing behind, and delay no other."""
     assert await answers_well(service.url + "/api/message")
     sockets = open_sockets(service.pid)
     with database.locked():
@@ -247,7 +247,7 @@ async def test_a_client_that_leaves_ends_its_query(service: Server, database: Da
 
 
 async def test_many_clients_need_few_connections(start: Start, database: Database) -> None:
-    """A hundred who ask while the table is locked use no more than the pool; all are answered when it is free.
+    """A hundred requests to a locked table use no more than the pool; all get answers once it is free.
 
     Though late queries are sent again: the database never has more of them at a time than there are connections.
     """
@@ -271,7 +271,7 @@ async def test_many_clients_need_few_connections(start: Start, database: Databas
 
 
 async def test_terminated_backends_hold_up_nobody(service: Server, database: Database) -> None:
-    """Callers parked behind connections that died are answered in time: aiopg wakes none of them."""
+    """Callers that wait for dead connections get answers in time, although aiopg wakes none of them."""
     await open_all_connections(service, database)
     with database.locked():
         waiting = [asyncio.create_task(get(service.url + "/api/message", within=2)) for _ in range(50)]
@@ -282,7 +282,7 @@ async def test_terminated_backends_hold_up_nobody(service: Server, database: Dat
 
 
 async def test_a_slow_connect_holds_up_nobody(start: Start, database: Database, make_proxy: MakeProxy) -> None:
-    """While a new connection does not come, everybody is answered on the live one."""
+    """While a new connection is slow to open, all requests are answered on the live one."""
     proxy = await make_proxy(database.port)
     service = await start("message_service", **database.settings(DB_PORT=proxy.port), DB_TIMEOUT=3)
     url = service.url + "/api/message"
@@ -302,7 +302,7 @@ async def test_a_slow_connect_holds_up_nobody(start: Start, database: Database, 
 async def test_a_connection_that_died_silently_costs_nobody_a_request(
     start: Start, database: Database, make_proxy: MakeProxy
 ) -> None:
-    """When a firewall forgot the connections, each request gets its answer all the same, on a new one."""
+    """After a firewall has dropped the connections' state, each request is still answered, on a new one."""
     proxy = await make_proxy(database.port)
     service = await start("message_service", **database.settings(DB_PORT=proxy.port))
     url = service.url + "/api/message"
@@ -317,7 +317,7 @@ async def test_a_connection_that_died_silently_costs_nobody_a_request(
 async def test_a_host_that_was_restarted_costs_no_request(
     start: Start, database: Database, make_proxy: MakeProxy
 ) -> None:
-    """A connection that looks alive, and is reset when it is used: the query is asked once more on a new one."""
+    """A connection that looks alive is reset when used: the query is repeated on a new one."""
     proxy = await make_proxy(database.port)
     service = await start("message_service", **database.settings(DB_PORT=proxy.port), DB_TIMEOUT=1)
     assert await answers_well(service.url + "/api/message")
@@ -328,7 +328,7 @@ async def test_a_host_that_was_restarted_costs_no_request(
 
 
 async def test_a_socket_folder_is_a_host(cluster: Cluster, start: Start) -> None:
-    """A DB_HOST that begins with / connects to the Unix socket there."""
+    """A DB_HOST that begins with / connects to the Unix socket in that folder."""
     settings = cluster.database().settings(DB_HOST=cluster.folder, DB_PASSWORD=None)
     service = await start("message_service", **settings)
     assert await answers_well(service.url + "/api/message")

@@ -1,4 +1,4 @@
-"""The image and the composition, from outside: what a user of Docker sees, types and relies on.
+"""The image and the composition from outside: what a Docker user sees, types and relies on.
 
 One build and one composition serve all tests; a test that breaks something heals it, and waits until it is healed.
 """
@@ -35,7 +35,7 @@ Run = Callable[..., str]
 def docker(
     *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `docker …` to its end, with nothing of the user's settings in its environment."""
+    """Run `docker …` to its end, without the user's own settings in its environment."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT") if name in os.environ}
     done = subprocess.run(
         ["docker", *arguments],
@@ -52,7 +52,7 @@ def docker(
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """What Docker knows of a container, an image or a network."""
+    """Docker's description of a container, an image or a network."""
     found: dict[str, Any] = json.loads(docker("inspect", name).stdout)[0]
     return found
 
@@ -71,7 +71,7 @@ if not engine_answers():
 
 @pytest.fixture(scope="session")
 def image() -> Iterator[str]:
-    """The image, built from the checkout; its name."""
+    """The name of the image, built from the checkout."""
     tag = f"messages-test:{secrets.token_hex(4)}"
     docker("compose", "--env-file", os.devnull, "build", environment={"IMAGE": tag})
     yield tag
@@ -93,7 +93,7 @@ def start(image: str) -> Iterator[Run]:
 
 
 class Composition:
-    """`docker compose …` on a project of its own, published on a port that is free."""
+    """`docker compose …` in a project of its own, published on a free port."""
 
     def __init__(self, image: str, env_file: Path) -> None:
         self.project = f"messages-test-{secrets.token_hex(4)}"
@@ -112,7 +112,7 @@ class Composition:
         return docker("compose", *options, *arguments, check=check, environment=self._environment)
 
     def up(self, **settings: str) -> None:
-        """Start what does not run, and wait until all are healthy; `settings` count from now on."""
+        """Start what is not running, and wait until all are healthy; `settings` apply from now on."""
         self._environment |= settings
         done = self("up", "--detach", "--wait", "--wait-timeout", "60", check=False)
         assert done.returncode == 0, done.stderr + self("logs", "--no-color").stdout
@@ -128,7 +128,7 @@ class Composition:
         return docker("exec", self.container("postgres"), *psql, statement).stdout.strip()
 
     async def serves(self, content: str = GREETING) -> bool:
-        """Whether a client of this machine gets this message."""
+        """Whether a client on this machine gets this message."""
         answer = await get(self.url)
         return answer.status == 200 and answer.json() == {"result": content}
 
@@ -151,7 +151,7 @@ def shared_composition(image: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 async def composition(shared_composition: Composition) -> Composition:
-    """The whole system, with the sample strings; started again if the test before did not leave it so."""
+    """The whole system, with the sample strings; restarted if the previous test left it in another state."""
     try:
         well = await shared_composition.serves()
     except OSError:
@@ -163,7 +163,7 @@ async def composition(shared_composition: Composition) -> Composition:
 
 
 def health(container: str) -> str:
-    """What the health check found, as Docker sees it."""
+    """The health check's result, as Docker reports it."""
     return str(inspect(container)["State"]["Health"]["Status"])
 
 
@@ -171,7 +171,7 @@ def health(container: str) -> str:
 
 
 def product_files() -> set[str]:
-    """The files that the servers need: what they import, by the source, and what they read."""
+    """The files that the servers need: the modules that they import, by the source, and the files they read."""
     found: set[str] = set()
     todo = ["__main__", *SERVERS]
     while todo:
@@ -188,7 +188,7 @@ def product_files() -> set[str]:
 
 
 def files(image: str) -> set[str]:
-    """All files of an image that root sees."""
+    """All files in an image, as root sees them."""
     command = ["find", "/", "-xdev", "-path", "/proc", "-prune", "-o", "-type", "f", "-print"]
     return set(docker("run", "--rm", "--user", "0", "--entrypoint", command[0], image, *command[1:]).stdout.split("\n"))
 
@@ -207,7 +207,7 @@ def test_only_the_product_is_in_the_image(image: str) -> None:
 
 @pytest.mark.parametrize(("name", "setting"), [("gateway", "DOWNSTREAM_URL"), ("message_service", "DB_PASSWORD_FILE")])
 def test_the_servers_are_compiled(image: str, name: str, setting: str) -> None:
-    """`docker run IMAGE SERVER --help` lists the settings, and nothing had to be compiled to load the server."""
+    """`docker run IMAGE SERVER --help` lists the settings, and loads only modules that are already compiled."""
     done = docker("run", "--rm", "--env", "PYTHONVERBOSE=1", image, name, "--help")
     assert setting in done.stdout
     assert "matches /app/server.py" in done.stderr
@@ -215,12 +215,12 @@ def test_the_servers_are_compiled(image: str, name: str, setting: str) -> None:
 
 
 def test_the_image_is_small(image: str) -> None:
-    """Less than 45 MB is added to the base image."""
+    """It adds less than 45 MB to the base image."""
     assert inspect(image)["Size"] - inspect(BASE_IMAGE)["Size"] < 45_000_000
 
 
 def test_the_image_says_what_it_is(image: str) -> None:
-    """Its labels name the product and the version that the servers name."""
+    """Its labels have the product's name and the version that the servers print."""
     labels = inspect(image)["Config"]["Labels"]
     assert labels["org.opencontainers.image.title"] == "messages"
     assert labels["org.opencontainers.image.version"] == VERSION
@@ -229,7 +229,7 @@ def test_the_image_says_what_it_is(image: str) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["sh"]])
 def test_the_image_says_what_to_pass(image: str, arguments: list[str]) -> None:
-    """Who passes no server, or what is none, is told what to pass: on stderr, and with status 2."""
+    """Without a server's name, or with an unknown one, stderr says what to pass; the exit status is 2."""
     done = docker("run", "--rm", image, *arguments, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -240,7 +240,7 @@ def test_the_image_says_what_to_pass(image: str, arguments: list[str]) -> None:
     "arguments", [["junk"], ["--apply-schema"], ["gateway", "junk"], ["gateway", "--apply-schema"]]
 )
 def test_wrong_arguments_are_told(arguments: list[str]) -> None:
-    """`python FOLDER …`, which is what a container runs, names what it does not know."""
+    """`python FOLDER …`, which containers run, names the argument that it does not know."""
     done = run(".", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -249,14 +249,14 @@ def test_wrong_arguments_are_told(arguments: list[str]) -> None:
 
 
 def test_the_folder_starts_as_the_image_does() -> None:
-    """`python FOLDER …` works in a checkout, too, and has a `--help` of its own."""
+    """`python FOLDER …` works in a checkout, too, and has its own `--help`."""
     assert run(".", "message_service", "--version").stdout == f"message_service {VERSION}\n"
     assert "docker run IMAGE message_service" in run(".", "--help").stdout
 
 
 @pytest.mark.parametrize("name", SERVERS)
 async def test_a_server_is_process_1_and_stops_at_once(start: Run, name: str) -> None:
-    """`docker stop` ends it in less than two seconds, by itself: with status 0."""
+    """`docker stop` ends it in less than two seconds, with its own exit status, 0."""
     container = start(command=[name])
     await eventually(lambda: "listening" in docker("logs", container).stderr)
     assert docker("exec", container, "cat", "/proc/1/cmdline").stdout == f"python\0/app\0{name}\0"
@@ -268,7 +268,7 @@ async def test_a_server_is_process_1_and_stops_at_once(start: Run, name: str) ->
     ("command", "status"), [(["gateway"], 0), (["message_service", "--apply-schema"], 143)], ids=["server", "command"]
 )
 async def test_a_stop_counts_from_the_first_moment(start: Run, tmp_path: Path, command: list[str], status: int) -> None:
-    """While it still loads, a server ends with status 0; a command that has not done its job ends as one killed."""
+    """A server that is still loading exits 0; a command that has not finished exits with the signal's status."""
     slow = tmp_path / "settings.py"
     slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
     slow.chmod(0o644)
@@ -284,7 +284,7 @@ async def test_a_stop_counts_from_the_first_moment(start: Run, tmp_path: Path, c
     ids=["gateway", "message_service", "PORT and HOST"],
 )
 async def test_the_health_check_finds_the_server(start: Run, name: str, settings: list[str]) -> None:
-    """Healthy when it answers, wherever it was told to listen; unhealthy when it does not answer any more."""
+    """Healthy while it answers, wherever it listens; unhealthy once it stops answering."""
     often = ["--health-interval=200ms", "--health-retries=1", "--health-start-period=0s"]
     container = start(*often, *(f"--env={setting}" for setting in settings), command=[name])
     await eventually(lambda: health(container) == "healthy", within=10)
@@ -302,13 +302,13 @@ async def test_up_serves_the_message(composition: Composition) -> None:
 
 
 def environment(composition: Composition, service: str) -> list[str]:
-    """What a container's processes get."""
+    """The environment of a container's processes."""
     found: list[str] = inspect(composition.container(service))["Config"]["Env"]
     return found
 
 
 def test_the_passwords_are_those_of_the_env_file(composition: Composition) -> None:
-    """The database lets in nobody without them, whatever characters they have; the owner's is in no server's hands."""
+    """The database requires them, whatever their characters; no server has the owner's."""
     command = ["exec", "--env=DB_PASSWORD=messages", composition.container("message-service")]
     done = docker(*command, "python", "/app", "message_service", "--apply-schema", check=False)
     assert done.returncode == 1
@@ -329,7 +329,7 @@ def test_the_message_service_may_only_read(composition: Composition) -> None:
 
 
 def test_the_schema_step_has_ended(composition: Composition) -> None:
-    """Well, and for good; while it ran it was confined as the servers are."""
+    """It has exited 0 for good; while it ran, it was confined like the servers."""
     container = inspect(composition.container("schema"))
     assert (container["State"]["Status"], container["State"]["ExitCode"]) == ("exited", 0)
     host = container["HostConfig"]
@@ -340,7 +340,7 @@ def test_the_schema_step_has_ended(composition: Composition) -> None:
 
 
 def test_only_the_gateway_is_published(composition: Composition) -> None:
-    """Port 8000 on the loopback; neither the message service nor the database."""
+    """On port 8000 of the loopback; neither the message service nor the database is."""
     published = {
         (service, port, binding["HostIp"])
         for service in (*SERVICES, "schema")
@@ -351,7 +351,7 @@ def test_only_the_gateway_is_published(composition: Composition) -> None:
 
 
 def test_only_neighbours_reach_each_other(composition: Composition) -> None:
-    """Gateway to message service to database, nothing else; and only the gateway has a way out."""
+    """Gateway to message service to database, nothing else; and only the gateway can reach the outside."""
     connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 0.5)"
 
     def reaches(service: str, host: str, port: int) -> bool:
@@ -371,7 +371,7 @@ def test_only_neighbours_reach_each_other(composition: Composition) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_containers_are_confined(composition: Composition, service: str) -> None:
-    """No root, no capabilities and no way to gain any; nothing to write to but what is declared; limited; restarted."""
+    """No root, capabilities or new privileges; only declared paths are writable; resources are limited; it restarts."""
     container = composition.container(service)
     lines = docker("exec", container, "cat", "/proc/1/status").stdout.splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
@@ -385,12 +385,12 @@ def test_containers_are_confined(composition: Composition, service: str) -> None
 
 
 def test_the_user_is_a_number(image: str) -> None:
-    """So that Kubernetes' runAsNonRoot can tell that it is not root."""
+    """So that Kubernetes' runAsNonRoot can verify that it is not root."""
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", inspect(image)["Config"]["User"])
 
 
 def test_the_stop_grace_is_long_enough(composition: Composition) -> None:
-    """Docker kills no server that is still within its own time to drain and to finish."""
+    """Docker does not kill a server that is still within its time to drain and finish."""
     defaults = {"DRAIN_SECONDS": CommonSettings.drain_seconds, "SHUTDOWN_SECONDS": CommonSettings.shutdown_seconds}
     for service in ("gateway", "message-service"):
         config = inspect(composition.container(service))["Config"]
@@ -400,7 +400,7 @@ def test_the_stop_grace_is_long_enough(composition: Composition) -> None:
 
 @pytest.mark.matrix
 async def test_a_killed_database_heals(composition: Composition) -> None:
-    """Clients are told to retry while it is away, and get the message when it is back."""
+    """Clients are told to retry while it is away, and get the message once it is back."""
     composition("kill", "--signal", "SIGKILL", "postgres")
     first = await get(composition.url)
     assert first.status in (503, 504)  # 504: a connection that has lost its other end without a word
@@ -413,7 +413,7 @@ async def test_a_killed_database_heals(composition: Composition) -> None:
 
 @pytest.mark.matrix
 async def test_a_restart_of_the_message_service_is_survived(composition: Composition) -> None:
-    """Under load, clients get the message, or are told to retry where it takes long, and then the message again."""
+    """Under load, clients get the message, or are told to retry if it takes long; then the message again."""
     seen: list[Answer] = []
 
     async def load() -> None:
@@ -434,7 +434,7 @@ async def test_a_restart_of_the_message_service_is_survived(composition: Composi
 
 
 async def test_messages_outlive_the_containers(composition: Composition) -> None:
-    """A message that somebody changed is still there after `down` and a second `up`, which may bring a new password."""
+    """A changed message is still there after `down` and another `up`, even with a new password."""
     composition.sql("UPDATE messages SET content = 'changed' WHERE id = 1")
     composition("down")
     composition.up(DB_PASSWORD=f"{PASSWORD}, changed")
@@ -442,7 +442,7 @@ async def test_messages_outlive_the_containers(composition: Composition) -> None
 
 
 async def test_any_user_number_will_do(composition: Composition, start: Run) -> None:
-    """Each server answers with a user number that nobody knows, without rights, and on its own network alone."""
+    """Each server answers as an unknown user number, without rights, and on its own network alone."""
     confined = ["--user", "54321:54321", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     database = [
         "--network",
@@ -490,7 +490,7 @@ def publication(**environment: str) -> tuple[str, str]:
 
 
 def test_there_is_one_image() -> None:
-    """Built once, and not pulled for the others: several builds would be several images."""
+    """It is built once, and not pulled for the others: separate builds would make separate images."""
     found = services()
     assert "build" in found["message-service"]
     for name in ("gateway", "schema"):
@@ -500,14 +500,14 @@ def test_there_is_one_image() -> None:
 
 
 def test_the_publication_can_be_chosen() -> None:
-    """The loopback's port 8000, unless the user says otherwise."""
+    """Port 8000 of the loopback by default."""
     assert publication() == ("127.0.0.1", "8000")
     assert publication(PUBLISH="0.0.0.0") == ("0.0.0.0", "8000")
     assert publication(PUBLISH_PORT="80") == ("127.0.0.1", "80")
 
 
 def test_the_example_has_all_that_can_be_set() -> None:
-    """.env.example lists every variable of docker-compose.yml with its default: copied, it changes nothing."""
+    """.env.example lists every variable of docker-compose.yml with its default, so copying it changes nothing."""
     used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
     assert set(re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)) == used
     without = docker("compose", "--env-file", os.devnull, "config").stdout

@@ -1,4 +1,4 @@
-"""README and docs/ say what is so, where a program can tell."""
+"""README and docs/ are correct, as far as a program can check."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 @pytest.mark.parametrize("name", sorted({field.name.upper() for field in SETTINGS}))
 def test_each_setting_is_in_the_table(name: str) -> None:
-    """A setting that a server reads can be found in the README, with its default."""
+    """The README lists each setting of a server, with its default."""
     (row,) = [line for line in README.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1]]
     cell = row.split("|")[2]
     for field in SETTINGS:
@@ -38,13 +38,13 @@ def test_each_setting_is_in_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("file", ["Dockerfile", "k8s.yaml", "openapi.yaml", "docs/aws.md", "docs/kubernetes.md"])
 def test_the_version_is_the_servers(file: str) -> None:
-    """What cannot read the version in server.py repeats it."""
+    """Files that cannot read the version in server.py repeat it."""
     repeated = r"(?:image\.version=\"|^  version: |\bmessages:)(\d+\.\d+\.\d+)"
     assert set(re.findall(repeated, (ROOT / file).read_text(), re.MULTILINE)) == {server.VERSION}
 
 
 def test_ci_runs_targets_that_there_are() -> None:
-    """And those that .ci/run has, but the faults."""
+    """CI runs the same targets as .ci/run, except the faults."""
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     local = (ROOT / ".ci/run").read_text()
     assert set(re.findall(r"run: make (\w+)", workflow)) == set(re.findall(r"^make (\w+)", local, re.MULTILINE)) - {
@@ -53,14 +53,14 @@ def test_ci_runs_targets_that_there_are() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Where a link can lead to in a page, as GitHub names its headings."""
+    """The anchors of a page, as GitHub derives them from its headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    """Every file that a page links to is there, and every section."""
+    """Every file and section that a page links to exists."""
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -72,13 +72,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_each_target_of_make_is_explained(page: Path) -> None:
-    """What a page says to type, make knows."""
+    """Every `make` command on a page has its target."""
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^    |`)make ([a-z]+)", page.read_text(), re.MULTILINE)) <= targets
 
 
 def commands(page: Path) -> list[str]:
-    """What a page says to type: the blocks marked `sh`, and indented lines that begin with a program's name."""
+    """The commands on a page: the blocks marked `sh`, and indented lines that begin with a program's name."""
     text = page.read_text()
     indented = re.findall(
         r"^    (?:\$ )?((?:[A-Z_]+=\S* )*(?:make|curl|docker|python|\.venv/\S+) .+)$", text, re.MULTILINE
@@ -88,7 +88,7 @@ def commands(page: Path) -> list[str]:
 
 @each_page
 def test_commands_can_be_typed(page: Path) -> None:
-    """A shell understands each command; the modules, tests, files and Compose services that it names are there."""
+    """A shell can parse each command; the modules, tests, files and Compose services in it exist."""
     composition = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     for command in commands(page):
         done = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What the gateway's client sees of a message service that is away, silent, or says what is not its contract."""
+"""What the gateway's client sees of a message service that is away, silent, or violates its contract."""
 
 import asyncio
 import gzip
@@ -20,7 +20,7 @@ PROBLEM = "application/problem+json"
 
 
 def problem(status: int, kind: str) -> bytes:
-    """What the message service itself would say."""
+    """A problem as the message service sends it."""
     body = {"type": f"urn:problem-type:messages:{kind}", "title": "t", "status": status, "detail": "d"}
     return response(json.dumps(body), f"{status} T", PROBLEM)
 
@@ -102,7 +102,7 @@ KINDS = {404: "no-message", 502: "bad-downstream", 503: "unavailable", 504: "tim
 
 
 async def test_whatever_it_says_the_client_gets_a_clear_answer(start: Start, make_peer: MakePeer) -> None:
-    """The status of the contract within the time limit, a good answer right after it, and nothing left open."""
+    """The contract's status within the time limit, a good answer right after it, and no leak."""
     cases = [(status, name, script) for status, answers in ANSWERS.items() for name, script in answers.items()]
 
     async def check(cases: list[tuple[int, str, Any]]) -> None:
@@ -125,7 +125,7 @@ async def test_whatever_it_says_the_client_gets_a_clear_answer(start: Start, mak
 
 
 async def test_a_redirect_is_not_followed(start: Start, make_peer: MakePeer) -> None:
-    """Nobody can send the gateway elsewhere."""
+    """The message service cannot send the gateway elsewhere."""
     elsewhere = await make_peer(GOOD)
     peer = await make_peer(response("", "302 Found", Location=elsewhere.url + "/api/message"))
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
@@ -147,7 +147,7 @@ async def test_it_is_away(start: Start) -> None:
 
 
 async def test_its_restart_is_not_noticed(start: Start, database: Database) -> None:
-    """Connections kept to the old process cost no request; while it is away the answer is 503."""
+    """Connections to the old process cost no request; while it is away, the answer is 503."""
     with reserve_port() as port:
         settings = database.settings() | {"PORT": port.getsockname()[1]}
         service = await start("message_service", **settings)
@@ -166,7 +166,7 @@ async def test_its_restart_is_not_noticed(start: Start, database: Database) -> N
 
 
 async def test_it_is_frozen_and_goes_on(start: Start, database: Database) -> None:
-    """504 while it lasts, also for those who come later; a good answer at once after it."""
+    """504 while it lasts, for later requests, too; a good answer right after it."""
     service = await start("message_service", **database.settings())
     gateway = await start("gateway", DOWNSTREAM_URL=service.url, DOWNSTREAM_TIMEOUT=1)
     url = gateway.url + "/api/string"
@@ -181,7 +181,7 @@ async def test_it_is_frozen_and_goes_on(start: Start, database: Database) -> Non
 async def test_connections_that_died_silently_cost_nobody_a_request(
     start: Start, make_peer: MakePeer, make_proxy: MakeProxy
 ) -> None:
-    """When a firewall forgot the connections, the next request gets its answer on a new one."""
+    """After a firewall has dropped their state, the next request is answered on a new connection."""
     peer = await make_peer(GOOD, keep_alive=True)
     proxy = await make_proxy(peer.port)
     gateway = await start("gateway", DOWNSTREAM_URL=proxy.url)
@@ -194,7 +194,7 @@ async def test_connections_that_died_silently_cost_nobody_a_request(
 
 
 async def test_a_stuck_call_holds_up_nobody(start: Start, make_peer: MakePeer) -> None:
-    """While one answer does not come, later requests are answered; and their answer is good for the stuck one, too."""
+    """While one call is stuck, later requests are answered, and their answer also settles the stuck one."""
     peer = await make_peer(says_nothing)
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
     stuck = asyncio.create_task(get(gateway.url + "/api/string"))
@@ -209,7 +209,7 @@ async def test_a_stuck_call_holds_up_nobody(start: Start, make_peer: MakePeer) -
 async def test_a_connection_to_a_replica_that_is_not_well_is_not_used_again(
     start: Start, make_peer: MakePeer, script: bytes
 ) -> None:
-    """Though it keeps its connections: the next call may reach another replica."""
+    """Even though the replica keeps it open: the next call can reach another one."""
     peer = await make_peer(script, keep_alive=True)
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
     asked = asyncio.create_task(get(gateway.url + "/api/string"))
@@ -220,7 +220,7 @@ async def test_a_connection_to_a_replica_that_is_not_well_is_not_used_again(
 
 
 async def test_a_connection_is_not_kept_for_ever(start: Start, make_peer: MakePeer) -> None:
-    """So that replicas share the calls again some time after one of them was away."""
+    """So that replicas share the calls again, some time after one of them was away."""
     peer = await make_peer(GOOD, keep_alive=True)
     program = "import gateway, lifecycle; gateway.REBALANCE_INTERVAL = 0.5; "
     program += "lifecycle.main('gateway', '', gateway.Settings, gateway.application)"
@@ -240,7 +240,7 @@ async def connections_are(connections: Callable[[], Awaitable[int]], number: int
 
 
 async def test_a_long_outage_costs_no_more_calls_than_there_are_requests(start: Start, make_peer: MakePeer) -> None:
-    """In its first two seconds a call is repeated eight times; then errors come at once, until there is an answer."""
+    """A call is repeated eight times in the first two seconds; then errors come at once, until there is an answer."""
     peer = await make_peer(b"")
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
     url = gateway.url + "/api/string"
@@ -261,7 +261,7 @@ async def fails_at_once(url: str) -> bool:
 
 
 async def test_a_long_silence_costs_no_more_calls_than_can_be_in_flight(start: Start, make_peer: MakePeer) -> None:
-    """What never answers is not asked more often because of that."""
+    """A service that never answers gets no more calls because of that."""
     peer = await make_peer(says_nothing)
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=1)
     url = gateway.url + "/api/string"

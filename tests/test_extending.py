@@ -1,4 +1,4 @@
-"""docs/extending.md: its blocks, put where they say, work; types included."""
+"""The blocks of docs/extending.md, inserted where the page says, work and pass the type check."""
 
 import re
 import shutil
@@ -35,7 +35,7 @@ ENDS = {
 
 @pytest.fixture
 def extended(tmp_path: Path) -> Path:
-    """A copy of the project to which every block of the page was added."""
+    """A copy of the project with every block of the page inserted."""
     for pattern in ("*.py", "*.sql", "*.html", "openapi.yaml", "pyproject.toml"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, tmp_path)
@@ -51,7 +51,7 @@ def extended(tmp_path: Path) -> Path:
 
 
 async def test_the_page_is_right(extended: Path, start: Start, database: Database) -> None:
-    """A list, a POST, a setting, a metric and a middleware do what the page says of them."""
+    """A list, a POST, a setting, a metric and a middleware work as the page says."""
     service = await start("message_service", cwd=extended, **database.settings())
     gateway = await start("gateway", cwd=extended, DOWNSTREAM_URL=service.url, CORS_ORIGIN="https://example.org")
 
@@ -80,7 +80,7 @@ async def test_the_page_is_right(extended: Path, start: Start, database: Databas
 
 
 def test_the_page_is_typed(extended: Path) -> None:
-    """mypy finds nothing in the project with the page's code."""
+    """mypy finds no error in the project with the page's code."""
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "gateway.py", "message_service.py"],
         cwd=extended,

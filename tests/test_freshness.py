@@ -1,4 +1,4 @@
-"""What clients see of coalescing through both services: answers are fresh, and faults stay where they are."""
+"""What clients see of coalescing through both services: answers are fresh, and faults stay contained."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ LIMIT = 1.5  # seconds; of the calls that meet something frozen
 
 
 class History:
-    """A number in the database that only grows, as its writers and readers see it, and what they may not see.
+    """A number in the database that only grows, as its writers and readers see it, and the bounds on what they may see.
 
     As it only grows, linearizability is two bounds: an answer is not below what was committed, or answered to
     anybody, before its request was sent; nor above what writers had begun to write when it came.
@@ -41,7 +41,7 @@ class History:
         self._lock = threading.Lock()
 
     def write(self, database: Database, stop: threading.Event) -> None:
-        """Write until `stop`, each time one more than what is there."""
+        """Until `stop`, write a number one higher than the present one."""
         connection = database.connect()
         connection.autocommit = True
         cursor = connection.cursor()
@@ -57,7 +57,7 @@ class History:
                 self.committed = max(self.committed, value)
 
     async def read(self, url: str, pause: float) -> None:
-        """Ask again and again on one connection, until enough is seen."""
+        """Ask repeatedly on one connection, until enough is seen."""
         async with connection(url) as client:
             for _ in range(READS):
                 if self.violations:
@@ -79,7 +79,7 @@ class History:
 
 @contextlib.contextmanager
 def written(database: Database, history: History) -> Iterator[None]:
-    """While it lasts, the message changes all the time."""
+    """Inside, the message changes all the time."""
     database.set_message("0")
     stop = threading.Event()
     writers = [threading.Thread(target=history.write, args=(database, stop)) for _ in range(WRITERS)]
@@ -94,7 +94,7 @@ def written(database: Database, history: History) -> Iterator[None]:
 
 
 async def observe(database: Database, gateway: Server) -> History:
-    """What hundreds of readers see while the message changes all the time."""
+    """The observations of hundreds of readers while the message changes all the time."""
     history = History()
     with written(database, history):
         await asyncio.gather(*(history.read(gateway.url, number / READERS * PAUSE) for number in range(READERS)))
@@ -102,7 +102,7 @@ async def observe(database: Database, gateway: Server) -> History:
 
 
 async def start_system(start: Start, database: Database, make_proxy: MakeProxy, *, slow: str, broken: str) -> Server:
-    """Start both services and return the gateway; `slow` is what lies behind one, `broken` by single-flight another."""
+    """Start both services and return the gateway; the `slow` one's dependency is slow, `broken` uses single-flight."""
     program = ("-m", "tests.single_flight", broken)
 
     async def reach(port: int, service: str) -> int:
@@ -122,7 +122,7 @@ async def start_system(start: Start, database: Database, make_proxy: MakeProxy, 
 async def test_no_answer_is_older_than_its_question(
     start: Start, database: Database, make_proxy: MakeProxy, slow: str
 ) -> None:
-    """Whoever knows of a change gets it, or a newer one, however many share a query and however slow that is."""
+    """A client that knows of a change gets it, or a newer one, however many share a query and however slow it is."""
     history = await observe(database, await start_system(start, database, make_proxy, slow=slow, broken=""))
     assert not history.violations
     assert history.answers == READERS * READS
@@ -134,13 +134,13 @@ async def test_no_answer_is_older_than_its_question(
 async def test_single_flight_in_one_service_is_found_out(
     start: Start, database: Database, make_proxy: MakeProxy, name: str
 ) -> None:
-    """The test above notices when callers join a run that is under way, be it in one of the services only."""
+    """The test above notices if callers join a running call in either service."""
     history = await observe(database, await start_system(start, database, make_proxy, slow=name, broken=name))
     assert history.violations
 
 
 async def check_that_nobody_waits_long(gateway: Server) -> None:
-    """Ask while the one connection behind the gateway that is up is frozen: all get an answer, and a fresh one."""
+    """Send requests while the only open connection behind the gateway is frozen: all get a fresh answer in time."""
     url = gateway.url + "/api/string"
     tasks = [asyncio.create_task(get(url)) for _ in range(20)]
     for task in tasks:
@@ -152,7 +152,7 @@ async def check_that_nobody_waits_long(gateway: Server) -> None:
 
 
 async def test_a_frozen_database_connection_costs_nobody_a_request(cluster: Cluster, start: Start) -> None:
-    """The query is sent once more on another one."""
+    """The query is sent again on another connection."""
     database = cluster.database()
     service = await start("message_service", **database.settings(), DB_TIMEOUT=2 * LIMIT)
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
@@ -165,7 +165,7 @@ async def test_a_frozen_database_connection_costs_nobody_a_request(cluster: Clus
 async def test_a_frozen_message_service_costs_nobody_a_request(
     start: Start, database: Database, make_proxy: MakeProxy
 ) -> None:
-    """One of several behind the same address: it is called once more on another connection."""
+    """One of several behind the same address: the call is repeated on another connection."""
     service = await start("message_service", **database.settings())
     proxy = await make_proxy(service.port)
     gateway = await start("gateway", DOWNSTREAM_URL=proxy.url, DOWNSTREAM_TIMEOUT=2 * LIMIT)
@@ -179,7 +179,7 @@ async def test_a_frozen_message_service_costs_nobody_a_request(
 async def test_a_shared_error_is_logged_with_a_request_that_was_sent(
     start: Start, make_peer: MakePeer, status: int
 ) -> None:
-    """Each caller's log line leads to what the message service logged: by its own id, or by downstream_request_id."""
+    """Each caller's log line leads to the message service's: by its own id, or by downstream_request_id."""
 
     async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()

@@ -1,4 +1,4 @@
-"""k8s.yaml holds what a schema cannot see: its parts fit together, and fit the servers that really run.
+"""Checks of k8s.yaml beyond a schema: its parts fit together, and fit the servers that really run.
 
 Paths, ports, settings and their defaults are asked of the servers. At the end, each property is broken once in a
 copy of the file, and its test has to fail.
@@ -47,7 +47,7 @@ TO_CLOSE = 5  # seconds for closing connections, and for the interpreter's end
 
 
 class Servers:
-    """Both servers as the image starts them, with nothing behind them, and what they say of themselves."""
+    """Both servers as the image starts them, without their dependencies, and what they report about themselves."""
 
     def __init__(self) -> None:
         nobody = 1  # a port at which nobody listens
@@ -62,7 +62,7 @@ class Servers:
             wait_listening(item)
 
     def status(self, name: str, path: str) -> int:
-        """How a server answers GET."""
+        """The status with which a server answers GET."""
         try:
             with urllib.request.urlopen(self.running[name].url + path, timeout=10) as response:
                 return int(response.status)
@@ -70,7 +70,7 @@ class Servers:
             return error.code
 
     def defaults(self, name: str) -> dict[str, str]:
-        """The settings of a server, each with the first word of its default, as `--help` prints them."""
+        """A server's settings, each with the first word of its default, as `--help` prints them."""
         return dict(re.findall(r"^  ([A-Z_]+) +(\S+)", self.help[name], re.MULTILINE))
 
 
@@ -92,7 +92,7 @@ def manifest(file: Manifest) -> Manifest:
 
 
 def attributes(ingress: Object, name: str) -> dict[str, str]:
-    """A load balancer's attributes, out of their annotation."""
+    """A load balancer's attributes, from their annotation."""
     text = ingress["metadata"]["annotations"][f"{ALB}{name}-attributes"]
     return dict(item.split("=", 1) for item in text.split(","))
 
@@ -101,7 +101,7 @@ def attributes(ingress: Object, name: str) -> dict[str, str]:
 
 
 def test_order(manifest: Manifest) -> None:
-    """One apply is enough: whatever a pod needs at its creation stands before the Deployments, in one namespace."""
+    """One apply is enough: everything that a pod needs at creation comes before the Deployments, in one namespace."""
     kinds = [item["kind"] for item in manifest.objects]
     wanted = [
         "Namespace",
@@ -124,7 +124,7 @@ def test_order(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_selectors(manifest: Manifest, name: str) -> None:
-    """What is named after a service selects the pods of that service, all of them and no others."""
+    """Objects named after a service select that service's pods, all of them and no others."""
     selectors = [
         manifest.find("Deployment", name)["spec"]["selector"],
         {"matchLabels": manifest.find("Service", name)["spec"]["selector"]},
@@ -142,7 +142,7 @@ def test_selectors(manifest: Manifest, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_ports(manifest: Manifest, servers: Servers, name: str) -> None:
-    """A connection to a Service arrives where the server listens; its port has the same number and name all the way."""
+    """A connection to a Service arrives where the server listens, with the same port number and name throughout."""
     (port,) = manifest.container(name)["ports"]
     assert port["containerPort"] == int(servers.defaults(name)["PORT"])
     (service_port,) = manifest.find("Service", name)["spec"]["ports"]
@@ -159,7 +159,7 @@ def test_downstream_url(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_image(manifest: Manifest, name: str) -> None:
-    """There is one image, of this version, and the line that puts another in its place finds every mention."""
+    """There is one image, of this version, and the `sed` line that replaces it finds every mention."""
     image = f"messages:{server.VERSION}"
     assert f"s|{image}|$IMAGE|" in (ROOT / "k8s.yaml").read_text()
     for container in all_containers(manifest.pod(name)):
@@ -173,7 +173,7 @@ def test_image(manifest: Manifest, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_probes(manifest: Manifest, servers: Servers, name: str) -> None:
-    """A pod with nothing behind it stays alive; a message service without its database gets no traffic."""
+    """A pod without its dependencies stays alive; a message service without its database gets no traffic."""
     container = manifest.container(name)
     for kind in PROBES:
         probe = container[kind]
@@ -190,7 +190,7 @@ def test_probes(manifest: Manifest, servers: Servers, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_frozen_server(manifest: Manifest, name: str) -> None:
-    """A frozen server is replaced within 25 s; one that is busy for 15 s at a stretch is left alone."""
+    """A frozen server is replaced within 25 s; one that is busy for 15 s at a stretch survives."""
     shortest, longest = killed_after(manifest.container(name)["livenessProbe"])
     assert longest < 25
     assert shortest >= 15
@@ -198,7 +198,7 @@ def test_frozen_server(manifest: Manifest, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_metrics(manifest: Manifest, servers: Servers, name: str) -> None:
-    """Prometheus is told a port and a path at which the server has metrics."""
+    """The annotations give Prometheus the port and path of the server's metrics."""
     told = manifest.pod(name)["metadata"]["annotations"]
     assert told["prometheus.io/scrape"] == "true"
     assert told["prometheus.io/port"] == servers.defaults(name)["PORT"]
@@ -207,7 +207,7 @@ def test_metrics(manifest: Manifest, servers: Servers, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_settings(manifest: Manifest, servers: Servers, tmp_path: Path, name: str) -> None:
-    """A server reads every variable that it is given, and is given all whose default is of use on one machine only."""
+    """A server reads every variable that it gets, and gets all those whose defaults only suit a single machine."""
     manifest.objects += [secret("database.example"), owner_secret()]
     defaults = servers.defaults(name)
     local = {variable for variable, default in defaults.items() if "localhost" in default}
@@ -221,7 +221,7 @@ def test_settings(manifest: Manifest, servers: Servers, tmp_path: Path, name: st
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_grace_period(manifest: Manifest, servers: Servers, name: str) -> None:
-    """A pod that is told to end drains, finishes what is in flight and exits before it is killed."""
+    """A pod that is terminated drains, finishes requests in flight and exits before it is killed."""
     data = manifest.find("ConfigMap", name)["data"]
     shutdown = data.get("SHUTDOWN_SECONDS") or servers.defaults(name)["SHUTDOWN_SECONDS"]
     needed = float(data["DRAIN_SECONDS"]) + float(shutdown) + TO_CLOSE
@@ -231,7 +231,7 @@ def test_grace_period(manifest: Manifest, servers: Servers, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_resources(manifest: Manifest, servers: Servers, name: str) -> None:
-    """A server has room to grow before it is killed for its memory, and its autoscaler has a request to measure by."""
+    """A server can grow before it is killed for its memory, and its autoscaler has a CPU request to measure against."""
     assert manifest.find("HorizontalPodAutoscaler", name)["spec"]["metrics"][0]["resource"]["name"] == "cpu"
     for container in all_containers(manifest.pod(name)):
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
@@ -242,7 +242,7 @@ def test_resources(manifest: Manifest, servers: Servers, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_cpu(manifest: Manifest, name: str) -> None:
-    """One pod alone carries 600 requests per second that share nothing before its autoscaler adds another."""
+    """One pod carries 600 unshared requests per second before its autoscaler adds another."""
     measurements = json.loads((ROOT / "benchmarks/results/bench.json").read_text())["measurements"]
 
     def cost(system: str, part: str) -> float:
@@ -261,7 +261,7 @@ def test_cpu(manifest: Manifest, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_rollout(manifest: Manifest, name: str) -> None:
-    """In a rollout, a drain of a node or a lull there are never fewer pods than needed, and never fewer than two."""
+    """During a rollout, a node drain or a lull, there are never fewer pods than needed, nor fewer than two."""
     deployment = manifest.find("Deployment", name)["spec"]
     assert "replicas" not in deployment
     assert deployment["strategy"]["type"] == "RollingUpdate"
@@ -277,7 +277,7 @@ def test_rollout(manifest: Manifest, name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_spread(manifest: Manifest, name: str) -> None:
-    """Pods of one version spread over zones and hosts, where there are any."""
+    """Pods of one version spread over zones and hosts, if there are several."""
     constraints = manifest.pod(name)["spec"]["topologySpreadConstraints"]
     keys = ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
     assert [item["topologyKey"] for item in constraints] == keys
@@ -285,13 +285,13 @@ def test_spread(manifest: Manifest, name: str) -> None:
 
 
 def test_message_service_drain(manifest: Manifest) -> None:
-    """A message service that is ending closes no connection that a gateway might just be using."""
+    """A message service that is ending closes no connection that a gateway might be using."""
     drain = float(manifest.find("ConfigMap", "message-service")["data"]["DRAIN_SECONDS"])
     assert drain > gateway.KEEPALIVE_TIMEOUT + TO_CLOSE
 
 
 def test_load_balancer_times(manifest: Manifest, servers: Servers) -> None:
-    """A load balancer leaves a gateway before that stops listening, and cuts no request and no connection in use."""
+    """A load balancer leaves a gateway before it stops listening, and cuts no request or connection in use."""
     ingress = manifest.find("Ingress", "service1-ingress")
     annotations = ingress["metadata"]["annotations"]
     drain = float(manifest.find("ConfigMap", "gateway")["data"]["DRAIN_SECONDS"])
@@ -310,7 +310,7 @@ def test_load_balancer_times(manifest: Manifest, servers: Servers) -> None:
 
 
 def test_ingress(manifest: Manifest, servers: Servers) -> None:
-    """From outside, the API, its description and the page are reached: no probe and no metrics."""
+    """From outside, the API, its description and the page can be reached, but no probe and no metrics."""
     ingress = manifest.find("Ingress", "service1-ingress")
     assert ingress["spec"]["ingressClassName"] == "alb"
     (rule,) = ingress["spec"]["rules"]
@@ -333,7 +333,7 @@ def test_ingress(manifest: Manifest, servers: Servers) -> None:
 
 
 def test_published_paths(manifest: Manifest, servers: Servers) -> None:
-    """What the load balancer lets through is there."""
+    """The paths that the load balancer routes exist."""
     (rule,) = manifest.find("Ingress", "service1-ingress")["spec"]["rules"]
     paths = [path["path"] for path in rule["http"]["paths"]]
     statuses = {path: servers.status("gateway", path.replace("/api/", "/api/string")) for path in paths}
@@ -341,7 +341,7 @@ def test_published_paths(manifest: Manifest, servers: Servers) -> None:
 
 
 def test_network_policies(manifest: Manifest) -> None:
-    """Exactly the architecture's arrows are open.
+    """Exactly the architecture's connections are allowed.
 
     A load balancer has a private address like every other; so the gateway, which is public anyway, is open to all of
     those outside its namespace, and to nobody else.
@@ -386,7 +386,7 @@ def test_network_policies(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_restricted(manifest: Manifest, name: str) -> None:
-    """Each container passes each point of the restricted Pod Security Standard, has a read-only root and no token."""
+    """Each container meets the restricted Pod Security Standard, with a read-only root and no token."""
     pod = manifest.pod(name)["spec"]
     assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}
     assert all(volume.keys() <= {"name", "secret", "configMap"} for volume in pod.get("volumes", []))
@@ -411,20 +411,20 @@ def test_restricted(manifest: Manifest, name: str) -> None:
 
 
 def secret(host: str, password: str = "a password") -> Object:
-    """What `kubectl create secret generic database` makes."""
+    """The object that `kubectl create secret generic database` creates."""
     metadata = {"name": "database", "namespace": "messages"}
     return {"kind": "Secret", "metadata": metadata, "stringData": {"DB_HOST": host, "DB_PASSWORD": password}}
 
 
 def owner_secret(owner: str = "postgres", password: str = "the owner's") -> Object:
-    """What `kubectl create secret generic database-owner` makes."""
+    """The object that `kubectl create secret generic database-owner` creates."""
     metadata = {"name": "database-owner", "namespace": "messages"}
     data = {"DB_OWNER": owner, "DB_OWNER_PASSWORD": password}
     return {"kind": "Secret", "metadata": metadata, "stringData": data}
 
 
 def test_owner(manifest: Manifest, tmp_path: Path) -> None:
-    """The database's owner is known to the init container alone, and pods start without that Secret, too."""
+    """Only the init container knows the database's owner, and pods also start without that Secret."""
     manifest.objects.append(secret("database.example"))
     pods = [(manifest.pod(name), container) for name in SERVICES for container in all_containers(manifest.pod(name))]
     for pod, container in pods:
@@ -442,7 +442,7 @@ def test_owner(manifest: Manifest, tmp_path: Path) -> None:
 
 
 def test_missing_secret(manifest: Manifest, tmp_path: Path) -> None:
-    """Without the Secret, or one of its keys, an event names what is missing, and no container starts to fail."""
+    """If the Secret or one of its keys is missing, an event names it, and no container starts only to fail."""
     pod = manifest.pod("message-service")
     first, *_ = all_containers(pod)
     with pytest.raises(NotStarted, match='"database" not found'):
@@ -456,7 +456,7 @@ def test_missing_secret(manifest: Manifest, tmp_path: Path) -> None:
 
 
 def test_rotation(manifest: Manifest) -> None:
-    """A new password reaches a running pod: as a file of a whole folder, which its group may read."""
+    """A new password reaches a running pod: as a file in a mounted folder that its group can read."""
     pod = manifest.pod("message-service")["spec"]
     for container in all_containers({"spec": pod}):
         mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
@@ -468,7 +468,7 @@ def test_rotation(manifest: Manifest) -> None:
 
 
 def apply_schema(manifest: Manifest, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run what the init container runs."""
+    """Run the init container's command."""
     pod = manifest.pod("message-service")
     (schema,) = pod["spec"]["initContainers"]
     settings: dict[str, Any] = {**configuration(manifest, pod, schema, folder)}
@@ -477,7 +477,7 @@ def apply_schema(manifest: Manifest, folder: Path) -> subprocess.CompletedProces
 
 @pytest.fixture
 def reader(empty_database: Database) -> Iterator[str]:
-    """The name of a role that does not exist; at the end there is none again."""
+    """The name of a role that does not exist; the role is dropped at the end."""
     name = f"messages_{uuid.uuid4().hex[:12]}"
     yield name
     if empty_database.sql("SELECT FROM pg_roles WHERE rolname = %s", name):
@@ -489,7 +489,7 @@ def reader(empty_database: Database) -> Iterator[str]:
 async def test_pods_run(
     manifest: Manifest, tmp_path: Path, empty_database: Database, reader: str, start: Start
 ) -> None:
-    """Applied with an empty database without TLS: role and table are made, all pods get ready, the message comes."""
+    """Applied with an empty database without TLS: table and role are created, pods get ready, the message is served."""
     use(manifest, empty_database, reader)
     done = apply_schema(manifest, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -509,7 +509,7 @@ async def test_pods_run(
 
 
 def test_reader_may_only_read(manifest: Manifest, tmp_path: Path, empty_database: Database, reader: str) -> None:
-    """The role that the services log in as can read the messages, and cannot change them or make a table."""
+    """The services' role can read the messages, but cannot change them or create a table."""
     use(manifest, empty_database, reader)
     assert apply_schema(manifest, tmp_path).returncode == 0
     role = Database(empty_database.name, reader, READER_PASSWORD, empty_database.host, empty_database.port)
@@ -523,7 +523,7 @@ def test_reader_may_only_read(manifest: Manifest, tmp_path: Path, empty_database
 def test_later_rollouts_need_no_owner(
     manifest: Manifest, tmp_path: Path, empty_database: Database, reader: str
 ) -> None:
-    """After the first rollout the init container succeeds with a stale password of the owner, and without any."""
+    """After the first rollout, the init container succeeds with an outdated owner's password, and without any."""
     use(manifest, empty_database, reader)
     assert apply_schema(manifest, tmp_path).returncode == 0
     owner = manifest.find("Secret", "database-owner")
@@ -534,7 +534,7 @@ def test_later_rollouts_need_no_owner(
 
 
 async def test_database_ca(manifest: Manifest, tmp_path: Path, database: Database, start: Start) -> None:
-    """With the ConfigMap `database-ca` the message service insists on TLS: a database without it is not used."""
+    """With the ConfigMap `database-ca` the message service insists on TLS: it refuses a database without it."""
     use(manifest, database)  # as its owner, so that nothing but TLS is in the way
     pod, container = manifest.pod("message-service"), manifest.container("message-service")
     data = {"ca.pem": "", "DB_SSLMODE": "verify-full", "DB_SSLROOTCERT": "/etc/database-ca/ca.pem"}
@@ -550,7 +550,7 @@ READER_PASSWORD = "2f5e9c0b8a"
 
 
 def use(manifest: Manifest, database: Database, reader: str = "") -> None:
-    """What an operator does for a database: make the Secrets, and adapt the ConfigMap where it differs."""
+    """An operator's steps for a database: create the Secrets, and adapt the ConfigMap if necessary."""
     settings = {name: str(value) for name, value in database.settings().items()}
     owner, password = settings["DB_USER"], settings.pop("DB_PASSWORD", "")
     if reader:
@@ -720,7 +720,7 @@ def test_a_fault_is_seen(
     path: str,
     value: Any,
 ) -> None:
-    """Whoever breaks the file is told so."""
+    """A broken file fails a test."""
     *way, last = path.split()
     target: Any = manifest.find(*item.split("/"))
     for step in way:

@@ -1,4 +1,4 @@
-"""The kit breaks what it says it breaks; without this the tests that use it would prove nothing."""
+"""The kit breaks what it claims to break; otherwise the tests that use it would prove nothing."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ from kit.postgres import Cluster, Database
 
 
 def test_each_test_has_a_database_of_its_own(database: Database, empty_database: Database) -> None:
-    """The samples are there, and a change is seen by nobody else."""
+    """It has the samples, and no other test sees a change."""
     assert database.sql("SELECT count(*) FROM messages") == [(3,)]
     with pytest.raises(psycopg2.errors.UndefinedTable):
         empty_database.sql("SELECT count(*) FROM messages")
@@ -30,7 +30,7 @@ def test_a_cluster_that_ended_refuses_and_comes_back(cluster: Cluster, end: obje
 
 
 async def test_a_frozen_cluster_says_nothing(cluster: Cluster) -> None:
-    """Connections are accepted by the kernel, and then nothing comes."""
+    """The kernel accepts connections, and then nothing comes."""
     database = cluster.database()
     cluster.freeze()
     waiting = asyncio.create_task(asyncio.to_thread(database.sql, "SELECT 1"))
@@ -74,7 +74,7 @@ async def test_the_proxy_misbehaves(make_peer: MakePeer, make_proxy: MakeProxy) 
 
 
 async def test_a_port_that_nobody_answers() -> None:
-    """Connecting to a host that is gone takes as long as one waits."""
+    """A connection attempt to a vanished host lasts as long as the client waits."""
     with unanswered_port() as port, pytest.raises(asyncio.TimeoutError):
         async with asyncio.timeout(0.3):
             await asyncio.open_connection("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""The life of a server: it starts in any order with the others, drains, finishes what it has begun, and ends."""
+"""The life of a server: it starts in any order with the others, drains, finishes requests in flight, and exits."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from test_downstream_faults import says_nothing
 
 
 async def ready(server: Server) -> bool:
-    """What a load balancer asks."""
+    """The readiness that a load balancer sees."""
     return (await get(server.url + "/readyz")).status == 200
 
 
@@ -33,7 +33,7 @@ async def refuses(server: Server) -> bool:
 
 
 async def test_the_database_may_come_last(cluster: Cluster, start: Start) -> None:
-    """The message service is up but unready meanwhile, and heals by itself within a second."""
+    """Meanwhile the message service is up but unready; it heals by itself within a second."""
     cluster.stop()
     service = await start("message_service", **cluster.database().settings())
     assert (await get(service.url + "/healthz")).status == 200
@@ -45,7 +45,7 @@ async def test_the_database_may_come_last(cluster: Cluster, start: Start) -> Non
 
 
 async def test_the_table_may_come_last(start: Start, empty_database: Database) -> None:
-    """Unready without it, well once it is there, ready also when it is empty."""
+    """Unready without it, ready once it exists, even when it is empty."""
     service = await start("message_service", **empty_database.settings())
     assert (await get(service.url + "/api/message")).status == 503
     assert not await ready(service)
@@ -55,7 +55,7 @@ async def test_the_table_may_come_last(start: Start, empty_database: Database) -
 
 
 async def test_the_message_service_may_come_last(start: Start, database: Database) -> None:
-    """The gateway is ready meanwhile, so that clients get a clear answer."""
+    """Meanwhile the gateway is ready, so that clients get a clear answer."""
     with reserve_port() as port:
         number = port.getsockname()[1]
         gateway = await start("gateway", DOWNSTREAM_URL=f"http://127.0.0.1:{number}")
@@ -96,7 +96,7 @@ API = {"gateway": "/api/string", "message_service": "/api/message"}
 
 @pytest.fixture
 async def server(request: pytest.FixtureRequest, start: Start, database: Database, system: System) -> Server:
-    """A server of the parameter's name (and settings), in a system that works."""
+    """A server of the parameter's name (and settings), in a working system."""
     name, settings = request.param
     return await start(name, **database.settings(), DOWNSTREAM_URL=system.service.url, **settings)
 
@@ -109,7 +109,7 @@ def servers(**settings: float) -> pytest.MarkDecorator:
 
 @servers(DRAIN_SECONDS=1)
 async def test_a_drain_loses_nothing(server: Server) -> None:
-    """Keep-alive clients under way are answered until an answer tells them to go; new ones are served meanwhile."""
+    """Keep-alive clients are served until an answer asks them to close; meanwhile, new clients are served."""
     path = API[server.name]
     told_to_go = 0
 
@@ -164,7 +164,7 @@ async def test_idle_it_ends_within_a_second(server: Server, number: signal.Signa
 @servers()
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signals_to_the_very_end(server: Server, number: signal.Signals) -> None:
-    """Who asks again and again, as an impatient person does, gets exit status 0 and no noise."""
+    """However often an impatient person sends a signal, the exit status is 0, without noise."""
     async with asyncio.timeout(5):
         while server.process.poll() is None:
             server.terminate(number)
@@ -174,7 +174,7 @@ async def test_signals_to_the_very_end(server: Server, number: signal.Signals) -
 
 @servers(SHUTDOWN_SECONDS=5, DB_TIMEOUT=5)
 async def test_what_is_in_flight_is_finished(server: Server, database: Database, system: System) -> None:
-    """A request that takes a while gets its answer, while nobody can connect any more."""
+    """A long request gets its answer, while new connections are refused."""
     locked = database if server.name == "message_service" else system.database
     with locked.locked():
         waiting = asyncio.create_task(get(server.url + API[server.name]))
@@ -189,7 +189,7 @@ async def test_what_is_in_flight_is_finished(server: Server, database: Database,
 
 @servers()
 async def test_who_connected_before_the_signal_is_answered(server: Server) -> None:
-    """Also when the server sees both at once: accepting races with closing the listener (CPython's gh-109564)."""
+    """Even if the server sees both at once: accepting races with closing the listener (CPython's gh-109564)."""
     server.freeze()
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connection(server.url)) for _ in range(50)]
@@ -203,7 +203,7 @@ async def test_who_connected_before_the_signal_is_answered(server: Server) -> No
 
 
 async def test_a_request_that_never_ends_costs_the_shutdown_time_once(start: Start, make_peer: MakePeer) -> None:
-    """Not twice that, as with aiohttp's own; with 0 it costs nothing, rather than for ever."""
+    """Not twice, as with aiohttp alone; and with 0 it costs nothing, instead of waiting for ever."""
     peer = await make_peer(says_nothing)
     for seconds in (2, 0):
         gateway = await start("gateway", DOWNSTREAM_URL=peer.url, DOWNSTREAM_TIMEOUT=60, SHUTDOWN_SECONDS=seconds)
@@ -218,7 +218,7 @@ async def test_a_request_that_never_ends_costs_the_shutdown_time_once(start: Sta
 
 
 async def test_a_frozen_database_does_not_hold_up_the_end(cluster: Cluster, start: Start) -> None:
-    """Nor does a connection that is being made: aiopg would wait for both for ever."""
+    """Nor does a connection that is being opened: aiopg would wait for either for ever."""
     settings = cluster.database().settings() | {"DB_TIMEOUT": 60, "SHUTDOWN_SECONDS": 1}
     service = await start("message_service", **settings)
     assert (await get(service.url + "/api/message")).status == 200
@@ -234,7 +234,7 @@ async def test_a_frozen_database_does_not_hold_up_the_end(cluster: Cluster, star
 
 @pytest.mark.parametrize("waiting_for", ["the drain", "a request"])
 async def test_a_second_signal_skips_the_waiting(start: Start, make_peer: MakePeer, waiting_for: str) -> None:
-    """Whatever it was waiting for, it ends within a second, with exit status 0."""
+    """Whatever the server was waiting for, it exits within a second, with status 0."""
     peer = await make_peer(says_nothing)
     drain = 60 if waiting_for == "the drain" else 0
     settings = {"DOWNSTREAM_URL": peer.url, "DOWNSTREAM_TIMEOUT": 60}
@@ -252,7 +252,7 @@ async def test_a_second_signal_skips_the_waiting(start: Start, make_peer: MakePe
 
 @BOTH
 async def test_a_port_in_use_is_one_line(name: str) -> None:
-    """And exit status 1."""
+    """On stderr, with exit status 1."""
     with reserve_port() as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -262,7 +262,7 @@ async def test_a_port_in_use_is_one_line(name: str) -> None:
 
 
 async def test_a_whole_response_goes_out_before_the_end(start: Start, make_peer: MakePeer) -> None:
-    """A client that reads slowly gets all of a large answer, although the server has been told to end."""
+    """A client that reads slowly gets all of a large answer, although the server has been told to stop."""
     content = "x" * 1_000_000
     peer = await make_peer(response(f'{{"message": "{content}"}}'))
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)

@@ -1,4 +1,4 @@
-"""`make run`: the whole system on this machine, in a copy of the project's folder of its own."""
+"""`make run`: the whole system on this machine, in a copy of the project's folder."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ ODD: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A copy of what the project's folder holds, without its data, where nobody else may enter."""
+    """A copy of the project's folder, without its data, which no other user can enter."""
     folder = tmp_path / "it's a clone"
     folder.mkdir(mode=0o700)
     for file in ROOT.iterdir():
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 class LocalStack:
-    """`make run` in a folder, on ports of its own."""
+    """`make run` in a folder, on its own ports."""
 
     def __init__(self, folder: Path, **settings: Any):
         with reserve_port() as gateway, reserve_port() as service:
@@ -51,11 +51,11 @@ class LocalStack:
 
     @property
     def said(self) -> str:
-        """All that it told the user so far."""
+        """Everything that it has printed so far."""
         return "".join(self.process.noise)
 
     async def started(self) -> None:
-        """Return when it says that it is up."""
+        """Return when it reports that it is up."""
         await eventually(lambda: "Ctrl-C" in self.said or self.process.process.poll() is not None, within=60)
         assert "Ctrl-C" in self.said, (self.said, self.process.log)
 
@@ -65,7 +65,7 @@ class LocalStack:
         await self.ended()
 
     async def ended(self) -> None:
-        """Return when it has ended well."""
+        """Return when it has exited 0."""
         assert await self.process.exit_status(within=20) == 0
         assert "Traceback" not in self.said
         self.process.noise.clear()
@@ -73,7 +73,7 @@ class LocalStack:
 
 
 async def test_it_starts_answers_stops_and_keeps_its_data(folder: Path) -> None:
-    """Both URLs that it prints work; after Ctrl-C all is gone but the data."""
+    """Both URLs that it prints work; after Ctrl-C only the data is left."""
     stack = LocalStack(folder)
     await stack.started()
     urls = [word for word in stack.said.split() if word.startswith("http://")]
@@ -102,7 +102,7 @@ def runs(pid: int) -> bool:
 
 
 async def test_many_signals_leave_nothing_behind(folder: Path) -> None:
-    """Whoever asks impatiently gets what one SIGTERM does: every process ends."""
+    """However many signals an impatient user sends, every process exits, as with one SIGTERM."""
     stack = LocalStack(folder)
     await stack.started()
     children = child_pids(stack.process.pid)
@@ -114,7 +114,7 @@ async def test_many_signals_leave_nothing_behind(folder: Path) -> None:
 
 
 async def test_with_a_database_of_ones_own_it_starts_none(folder: Path, database: Database) -> None:
-    """DB_HOST and the others name it."""
+    """DB_HOST and the other variables name the database."""
     stack = LocalStack(folder, **database.settings())
     await stack.started()
     assert (await get(f"http://localhost:{stack.ports[0]}/api/string")).status == 200
@@ -124,7 +124,7 @@ async def test_with_a_database_of_ones_own_it_starts_none(folder: Path, database
 
 @pytest.mark.parametrize("part", ["GATEWAY_PORT", "MESSAGE_SERVICE_PORT"])
 async def test_a_port_in_use_is_one_clear_line(folder: Path, part: str) -> None:
-    """It says which variable names another port, announces nothing, starts nothing and ends with status 1."""
+    """It names the variable for another port, announces nothing, starts nothing and exits with status 1."""
     with reserve_port() as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -137,7 +137,7 @@ async def test_a_port_in_use_is_one_clear_line(folder: Path, part: str) -> None:
 
 
 def make(folder: Path, *arguments: str) -> str:
-    """What `make` says when there is no package index; it fails."""
+    """The output of a `make` that fails, without a package index."""
     environment = {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     command = ["make", "run", *arguments]
     result = subprocess.run(
@@ -149,7 +149,7 @@ def make(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_a_python_that_is_too_old_is_one_clear_line(folder: Path) -> None:
-    """It says which version is needed and how to name it."""
+    """It names the version that is needed, and how to choose another Python."""
     said = make(folder, f"PYTHON={shutil.which('false')}")
     assert said == "Python 3.11 or later is needed: PYTHON=/path/to/python3 names one\n"
 
@@ -157,7 +157,7 @@ def test_a_python_that_is_too_old_is_one_clear_line(folder: Path) -> None:
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.matrix
 def test_a_half_made_environment_is_made_again(folder: Path) -> None:
-    """An interrupted first `make run` needs no `rm -rf .venv`."""
+    """An interrupted first `make run` does not require `rm -rf .venv`."""
     programs = folder / ".venv/bin"
     programs.mkdir(parents=True)
     (programs / "python").symlink_to(sys.executable)

@@ -1,4 +1,4 @@
-"""What an operator reads: one JSON object a line, failures once with their cause, and no flood."""
+"""The operator's view: one JSON object per line, each failure once with its cause, and no flood."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from kit.postgres import Cluster, Database
 
 
 async def test_a_request_is_one_line_in_both_services(start: Start, database: Database) -> None:
-    """With ACCESS_LOG=all: what it was, what came of it, and the same request id."""
+    """With ACCESS_LOG=all: the request, its outcome, and the same request id."""
     service = await start("message_service", **database.settings(), ACCESS_LOG="all")
     gateway = await start("gateway", DOWNSTREAM_URL=service.url, ACCESS_LOG="all")
     await get(gateway.url + "/api/string", headers={"X-Request-ID": "mine"})
@@ -30,7 +30,7 @@ async def test_a_request_is_one_line_in_both_services(start: Start, database: Da
 
 
 async def test_access_log(start: Start, make_peer: MakePeer) -> None:
-    """`all` tells every request, `errors` (the default) what failed, `off` only failures of ours."""
+    """`all` logs every request, `errors` (the default) the failed ones, `off` only the server's own failures."""
     peer = await make_peer(b"nonsense\r\n\r\n")
     told = {}
     for setting in ("all", "errors", "off"):
@@ -43,7 +43,7 @@ async def test_access_log(start: Start, make_peer: MakePeer) -> None:
 
 
 async def test_a_failure_is_told_once_with_its_cause(start: Start, cluster: Cluster) -> None:
-    """One line in each service, which names the cause; one more when it is over; what nobody saw is a warning."""
+    """One line per service, with the cause; one more when it is over; a failure that no client saw is a warning."""
     service = await start("message_service", **cluster.database().settings())
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     cluster.stop()
@@ -87,7 +87,7 @@ async def test_a_broken_database_does_not_flood_the_log(start: Start, cluster: C
 
 
 async def test_a_client_can_not_forge_a_line(start: Start) -> None:
-    """Neither as JSON nor as text for people, whatever the path or the request id holds."""
+    """Neither as JSON nor as text, whatever the path or the request id contains."""
     paths = ["/%0a%7B%22level%22:%22forged%22%7D", "/%1b%5b31mred", "/%0d%0aforged", "/caf%C3%A9%E2%80%AE", "/%ff"]
     gateway = await start("gateway", ACCESS_LOG="all")
     for path in paths:
@@ -110,7 +110,7 @@ async def test_a_client_can_not_forge_a_line(start: Start) -> None:
 
 
 async def test_the_level_is_the_least_that_is_told(start: Start, make_peer: MakePeer) -> None:
-    """LOG_LEVEL=error tells errors only."""
+    """LOG_LEVEL=error logs only errors."""
     with reserve_port() as port:
         peer = await make_peer(response("", "500 Internal Server Error"))
         number = port.getsockname()[1]

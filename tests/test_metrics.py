@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics of both servers, and the alerts that are made of it."""
+"""What Prometheus reads at /metrics of both servers, and the alerts based on it."""
 
 import asyncio
 import platform
@@ -17,7 +17,7 @@ from server import VERSION
 
 
 async def scrape(url: str) -> dict[str, float]:
-    """The samples of a server, by name and labels as they stand in the text."""
+    """A server's samples, by name and labels as they appear in the text."""
     answer = await get(url + "/metrics")
     assert answer.headers["Content-Type"].startswith("text/plain; version=")
     return {
@@ -29,7 +29,7 @@ async def scrape(url: str) -> dict[str, float]:
 
 @pytest.fixture
 async def fresh(start: Start, database: Database) -> System:
-    """A system whose counts are the test's own."""
+    """A system with counters of its own."""
     service = await start("message_service", **database.settings())
     return System(await start("gateway", DOWNSTREAM_URL=service.url), service, database)
 
@@ -40,7 +40,7 @@ REQUESTS = (
 
 
 async def test_requests_are_counted_by_method_route_and_status(fresh: System) -> None:
-    """Each kind of request has its own count; what a client makes up is no label."""
+    """Each kind of request has its own count; nothing that a client makes up becomes a label."""
     url = fresh.gateway.url
     etag = (await get(url + "/api/string")).headers["ETag"]
     await get(url + "/api/string", "HEAD")
@@ -63,7 +63,7 @@ async def test_requests_are_counted_by_method_route_and_status(fresh: System) ->
 
 
 async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
-    """Runs by outcome, callers that shared them, and the connections that are open."""
+    """Runs by outcome, callers that shared them, and open connections."""
     for _ in range(3):
         await get(fresh.gateway.url + "/api/string")
     samples = await scrape(fresh.gateway.url)
@@ -78,7 +78,7 @@ async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
 
 
 async def test_callers_that_share_a_run_are_counted(fresh: System) -> None:
-    """Twenty at once are twenty callers, in fewer runs; those that were late, and their company, count apart."""
+    """Twenty at once are twenty callers in fewer runs; late runs and their second tries are counted separately."""
     with fresh.database.locked():
         asked = [asyncio.create_task(get(fresh.gateway.url + "/api/string")) for _ in range(20)]
         await eventually(lambda: active(fresh.gateway.url, 20))
@@ -103,7 +103,7 @@ async def active(url: str, count: int) -> bool:
 
 
 async def test_what_holds_up_the_event_loop_shows(fresh: System) -> None:
-    """A server that stood still says so; its version and its Python's are there as well."""
+    """The lag of a server that stood still; also the versions of the server and of Python."""
     fresh.gateway.freeze()
     await asyncio.sleep(1)
     fresh.gateway.resume()
@@ -117,7 +117,7 @@ async def test_what_holds_up_the_event_loop_shows(fresh: System) -> None:
 
 
 async def test_a_connection_is_idle_or_used(fresh: System) -> None:
-    """One that waits for a locked table is used; when its query has ended it is idle again."""
+    """One that waits for a locked table is used; once its query has ended, it is idle again."""
     url = fresh.service.url
 
     async def shows(*, used: bool) -> bool:
@@ -136,7 +136,7 @@ async def test_a_connection_is_idle_or_used(fresh: System) -> None:
 
 
 async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> None:
-    """A database that refuses connections shows at the message service, and that one's answer at the gateway."""
+    """A database that refuses connections shows at the message service, whose answer shows at the gateway."""
     service = await start("message_service", DB_HOST="127.0.0.1", DB_PORT=1)
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     assert (await get(gateway.url + "/api/string")).status == 503
@@ -153,7 +153,7 @@ async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> Non
 
 
 async def test_a_failure_that_a_client_gets_when_its_time_is_up_is_counted(start: Start) -> None:
-    """The call was to be repeated once more; the log has the failure, and the metric says that a client saw it."""
+    """The call was about to be repeated: the log has the failure, and the metric says that a client saw it."""
     gateway = await start("gateway", DOWNSTREAM_URL="http://127.0.0.1:1", DOWNSTREAM_TIMEOUT=0.5)
     assert (await get(gateway.url + "/api/string")).status == 503
     samples = await scrape(gateway.url)
@@ -161,7 +161,7 @@ async def test_a_failure_that_a_client_gets_when_its_time_is_up_is_counted(start
 
 
 async def test_each_metric_has_help_and_a_unit(system: System) -> None:
-    """Names end in their unit, as Prometheus and OpenTelemetry ask, and each says what it is."""
+    """Names end in their unit, as Prometheus and OpenTelemetry require, and each metric has a description."""
     for server in (system.gateway, system.service):
         text = (await get(server.url + "/metrics")).body.decode()
         names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
@@ -177,7 +177,7 @@ PROMTOOL = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is 
 
 @PROMTOOL
 async def test_promtool_finds_no_fault_but_one_name(system: System) -> None:
-    """Prometheus' linter refuses nothing but the name that OpenTelemetry prescribes."""
+    """Prometheus' linter objects only to the name that OpenTelemetry prescribes."""
     await get(system.gateway.url + "/api/string")
     found = []
     for server in (system.gateway, system.service):
@@ -189,14 +189,14 @@ async def test_promtool_finds_no_fault_but_one_name(system: System) -> None:
 
 @PROMTOOL
 def test_alerts() -> None:
-    """Each alert calls when its fault is there, and none when all is well."""
+    """Each alert fires for its fault, and none when all is well."""
     command = ["promtool", "test", "rules", "alerts_test.yaml"]
     tried = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=False)
     assert tried.returncode == 0, tried.stdout + tried.stderr
 
 
 async def test_alerts_and_docs_use_metrics_that_are_there(system: System) -> None:
-    """Every metric that docs/alerts.yaml or docs/operating.md names is one that a server has."""
+    """Every metric in docs/alerts.yaml and docs/operating.md is one that a server has."""
     await get(system.gateway.url + "/api/string")
     there = set(await scrape(system.gateway.url)) | set(await scrape(system.service.url))
     names = {name.split()[0] for name in there}

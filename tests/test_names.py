@@ -1,4 +1,4 @@
-"""Host names: looking one up never holds up the event loop, and a changed address is found at once.
+"""Host names: a look-up never blocks the event loop, and a changed address is found at once.
 
 Each server gets a /etc/resolv.conf of its own, in a mount namespace, that points to a name server of the test.
 """
@@ -20,7 +20,7 @@ API = {"gateway": "/api/string", "message_service": "/api/message"}
 
 
 class Names:
-    """A name server, and the command that starts a server which asks it."""
+    """A name server, and the command that starts a server that uses it."""
 
     def __init__(self, server: NameServer, wrapper: list[str]):
         self.server, self.wrapper = server, wrapper
@@ -28,7 +28,7 @@ class Names:
 
 @pytest.fixture
 async def names(tmp_path: Path) -> AsyncIterator[Names]:
-    """Names as the test wants them; skips where the test may not change them."""
+    """Names that the test chooses; skips if the test may not set them."""
     address = f"127.53.{os.getpid() % 256}.{os.getpid() // 256 % 254 + 1}"  # port 53 is fixed, so not the address
     resolv_conf = tmp_path / "resolv.conf"
     resolv_conf.write_text(f"nameserver {address}\noptions timeout:5 attempts:1\n")
@@ -46,7 +46,7 @@ async def names(tmp_path: Path) -> AsyncIterator[Names]:
 async def test_a_slow_name_holds_up_nobody(
     names: Names, start: Start, make_peer: MakePeer, database: Database, name: str
 ) -> None:
-    """While a name is being looked up, probes are answered at once; then the request is answered well."""
+    """During a look-up, probes are answered at once; then the request succeeds."""
     peer = await make_peer(response('{"message": "ok"}'))
     names.server.names["slow.test"] = "127.0.0.1"
     names.server.answering.clear()
@@ -64,7 +64,7 @@ async def test_a_slow_name_holds_up_nobody(
 
 @pytest.mark.parametrize("name", ["gateway", "message_service"])
 async def test_a_name_server_that_is_gone_is_a_clear_answer(names: Names, start: Start, name: str) -> None:
-    """In time, for however many ask; and it holds up neither the probes nor the end."""
+    """In time, for any number of clients; and neither the probes nor the shutdown are held up."""
     names.server.answering.clear()
     limits = {"DB_TIMEOUT": 0.5, "DOWNSTREAM_TIMEOUT": 0.5}
     settings = {"DB_HOST": "gone.test", "DOWNSTREAM_URL": "http://gone.test", **limits}
@@ -79,7 +79,7 @@ async def test_a_name_server_that_is_gone_is_a_clear_answer(names: Names, start:
 
 @pytest.mark.parametrize("name", ["gateway", "message_service"])
 async def test_an_unknown_name_is_a_clear_answer(names: Names, start: Start, name: str) -> None:
-    """503, as for whatever can not be reached; the name appears in the log only."""
+    """503, as for anything unreachable; the name appears only in the log."""
     settings = {"DB_HOST": "unknown.test", "DOWNSTREAM_URL": "http://unknown.test"}
     server = await start(name, wrapper=names.wrapper, **settings)
     answer = await get(server.url + API[name])
@@ -89,7 +89,7 @@ async def test_an_unknown_name_is_a_clear_answer(names: Names, start: Start, nam
 
 
 async def test_a_name_is_looked_up_once_for_a_connection(names: Names, start: Start, database: Database) -> None:
-    """Not again by libpq, which would do it in the event loop."""
+    """libpq does not look it up again, which would block the event loop."""
     names.server.names["db.test"] = "127.0.0.1"
     settings = database.settings(DB_HOST="db.test", DB_POOL_SIZE=1)
     service = await start("message_service", wrapper=names.wrapper, **settings)
@@ -100,7 +100,7 @@ async def test_a_name_is_looked_up_once_for_a_connection(names: Names, start: St
 
 @pytest.mark.parametrize("addresses", ["127.0.0.2 127.0.0.1", "127.0.0.1 127.0.0.2"])
 async def test_one_address_of_several_is_enough(names: Names, start: Start, database: Database, addresses: str) -> None:
-    """One does not answer, so that libpq changes to the socket for the other, which aiopg would not notice."""
+    """One does not answer, so libpq changes to the other's socket, which aiopg would not notice."""
     names.server.names["db.test"] = addresses
     settings = database.settings(DB_HOST="db.test")
     service = await start("message_service", wrapper=names.wrapper, **settings, DB_TIMEOUT=1)
@@ -112,7 +112,7 @@ async def test_one_address_of_several_is_enough(names: Names, start: Start, data
 async def test_a_database_that_moved_is_found(
     names: Names, start: Start, make_proxy: MakeProxy, database: Database, asked: bool
 ) -> None:
-    """After a failover to another address, the next request after the name has changed succeeds."""
+    """After a failover to another address, the next request after the name's change succeeds."""
     old = await make_proxy(database.port, "127.0.0.2")
     await make_proxy(database.port, "127.0.0.3", old.port)
     names.server.names["db.test"] = "127.0.0.2"
@@ -130,7 +130,7 @@ async def test_a_database_that_moved_is_found(
 async def test_a_message_service_that_moved_is_found(
     names: Names, start: Start, make_proxy: MakeProxy, make_peer: MakePeer
 ) -> None:
-    """aiohttp's client would keep the old address for ten seconds."""
+    """aiohttp's client alone would keep the old address for ten seconds."""
     peer = await make_peer(response('{"message": "ok"}'), keep_alive=True)
     old = await make_proxy(peer.port, "127.0.0.2")
     await make_proxy(peer.port, "127.0.0.3", old.port)

@@ -1,4 +1,4 @@
-"""openapi.yaml says what the gateway does: all of it, and nothing else.
+"""openapi.yaml describes what the gateway does, completely, and nothing else.
 
 Schemathesis compares the answers of the running system with the description: status, header fields, body, and that
 other methods are refused. What it can not bring about, the failures, is brought about here.
@@ -38,12 +38,12 @@ def test_it_is_valid(description: dict[str, Any]) -> None:
 
 
 def test_client_generators_keep_every_body() -> None:
-    """They merge `enum` with a problem's fields, but drop the whole body where they meet `const`."""
+    """They merge `enum` with a problem's fields, but drop the whole body if they find `const`."""
     assert "const:" not in FILE.read_text()
 
 
 async def test_it_lists_the_routes_that_there_are(description: dict[str, Any]) -> None:
-    """A route can not be forgotten in it, and none is made up."""
+    """No route is missing in it, and none is made up."""
     there_are = {resource.canonical for resource in gateway.application(gateway.Settings()).router.resources()}
     assert description["paths"].keys() == there_are
     for path, operations in description["paths"].items():
@@ -51,14 +51,14 @@ async def test_it_lists_the_routes_that_there_are(description: dict[str, Any]) -
 
 
 async def test_the_gateway_serves_it(system: System) -> None:
-    """As it is, where the page says it is."""
+    """Unchanged, at the path that the page links to."""
     answer = await get(system.gateway.url + "/openapi.yaml")
     assert (answer.status, answer.body) == (200, FILE.read_bytes())
     assert answer.headers["Content-Type"] == "application/yaml"  # RFC 9512
 
 
 def test_schemathesis_finds_nothing(system: System, tmp_path: Path) -> None:
-    """Whatever is sent, the answers are as described."""
+    """Whatever it sends, the answers match the description."""
     program = Path(sys.executable).with_name("schemathesis")
     options = ["--url", system.gateway.url, "--max-examples=10", "--generation-deterministic", "--no-color"]
     ended = subprocess.run(
@@ -112,7 +112,7 @@ async def test_every_failure_is_as_described(start: Start, database: Database) -
 
 
 async def test_what_no_route_sees_is_as_described(system: System) -> None:
-    """A target and a header field that are too long, and an expectation that nobody can meet."""
+    """A target and a header field that are too long, and an expectation that no server can meet."""
     url = system.gateway.url
     await check(url, "/healthz", 414, "blank", None, query={"q": "x" * 17_000})
     await check(url, "/healthz", 431, "blank", None, headers={"Cookie": "x" * 17_000})
@@ -120,7 +120,7 @@ async def test_what_no_route_sees_is_as_described(system: System) -> None:
 
 
 async def test_a_server_that_is_about_to_stop_is_as_described(start: Start) -> None:
-    """It is alive, and says that it is not ready."""
+    """It is alive, and not ready."""
     stopping = await start("gateway", DRAIN_SECONDS=20)
     stopping.terminate()
     await eventually(lambda: stopping.logged(message="draining"))

@@ -39,7 +39,7 @@ Scheme = Literal["light", "dark"]
 
 
 class Faults:
-    """What goes wrong in a page without being seen."""
+    """Faults in a page that nobody would see."""
 
     def __init__(self, page: Page, origin: str) -> None:
         self.origin = origin
@@ -123,7 +123,7 @@ async def shown(page: Page) -> str:
 
 
 async def test_curl_is_told_where_the_api_is(system: System) -> None:
-    """In the first lines of what is HTML."""
+    """In the first lines of the HTML."""
     answer = await get(system.gateway.url + "/")
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     first = "\n".join(answer.body.decode().splitlines()[:5])
@@ -135,7 +135,7 @@ async def test_curl_is_told_where_the_api_is(system: System) -> None:
 async def test_it_works_from_a_checkout_with_crlf(
     start: Start, show: Show, empty_database: Database, tmp_path: Path
 ) -> None:
-    """The browser runs its script and shows the message that schema.sql put there."""
+    """The browser runs the script and shows the message from schema.sql."""
     for file in ROOT.iterdir():
         if file.suffix in (".html", ".py", ".sql", ".yaml"):
             (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
@@ -148,7 +148,7 @@ async def test_it_works_from_a_checkout_with_crlf(
 
 
 async def test_it_shows_the_message_and_what_it_took(system: System, show: Show) -> None:
-    """The message, that all parts are up and since when, and the time of each hop; a new message without reloading."""
+    """The message, that all parts are up and since when, the time of each hop; and a new message without reloading."""
     page = await show(system.gateway.url)
     assert await shown(page) == (await get(system.gateway.url + "/api/string")).json()["result"]
     await becomes(page, UP, down=[])
@@ -167,7 +167,7 @@ async def is_shown(page: Page, message: str) -> bool:
 
 
 async def test_whatever_the_database_holds_is_text(system: System, show: Show) -> None:
-    """Markup is shown as it is written, and does nothing."""
+    """Markup appears as it was written, and has no effect."""
     evil = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">\n\t<b>&amp;"
     system.database.set_message(evil)
     page = await show(system.gateway.url)
@@ -177,7 +177,7 @@ async def test_whatever_the_database_holds_is_text(system: System, show: Show) -
 
 
 async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: Show) -> None:
-    """PostgreSQL, the message service, the gateway: each when it is stopped, in plain words, until it is back."""
+    """PostgreSQL, the message service, the gateway: each while it is stopped, in plain words, until it is back."""
     with reserve_port() as front, reserve_port() as behind:
         ports = front.getsockname()[1], behind.getsockname()[1]
         settings = cluster.database().settings()
@@ -215,7 +215,7 @@ async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: 
 
 
 async def test_no_answer_is_told_from_no_gateway(start: Start, cluster: Cluster, show: Show) -> None:
-    """A gateway that still waits is up; one that is frozen, and does not answer a probe either, is down."""
+    """A gateway that is still waiting is up; a frozen one, which does not answer a probe either, is down."""
 
     service = await start("message_service", **cluster.database().settings())
     gateway = await start("gateway", DOWNSTREAM_URL=service.url, DOWNSTREAM_TIMEOUT=60)
@@ -247,13 +247,13 @@ async def test_an_empty_table_is_nobodys_failure(system: System, show: Show) -> 
 
 
 async def runs(system: System) -> float:
-    """How many queries the message service has made."""
+    """The number of queries that the message service has made."""
     metrics = (await get(system.service.url + "/metrics")).body.decode()
     return sum(float(value) for value in re.findall(r"^coalescing_run_callers_count{.*} (.*)$", metrics, re.MULTILINE))
 
 
 async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Show) -> None:
-    """By keyboard: 300 requests; the number of queries is the one that the message service counts."""
+    """By keyboard: 300 requests; the number of queries matches the message service's count."""
     page = await show(system.gateway.url)
     await page.get_by_role("button", name="Pause").click()  # so that nothing else is counted
     send = page.get_by_role("button", name="Send 300 requests")
@@ -276,7 +276,7 @@ async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Sh
 
 
 async def test_a_failed_burst_says_why(broken: Server, show: Show) -> None:
-    """What is down, instead of times and queries; each dot is a failure."""
+    """The part that is down, instead of times and queries; each dot is a failure."""
     page = await show(broken.url)
     await page.get_by_role("button", name="Send 300 requests").click()
     result = page.locator("#result")
@@ -287,7 +287,7 @@ async def test_a_failed_burst_says_why(broken: Server, show: Show) -> None:
 
 
 async def test_a_burst_that_fails_in_part_says_both(system: System, show: Show) -> None:
-    """How many requests were answered, how many failed, and each reason with its number."""
+    """How many requests succeeded, how many failed, and each reason with its count."""
     page = await show(system.gateway.url)
     await page.get_by_role("button", name="Pause").click()
     await page.wait_for_function("!asking")
@@ -318,7 +318,7 @@ async def test_a_burst_that_fails_in_part_says_both(system: System, show: Show) 
 
 
 async def test_what_failed_is_not_drawn_as_slow(broken: Server, system: System, show: Show) -> None:
-    """A failed request has no time: its mark is below the axis, where no answer is, and the table counts it."""
+    """A failed request has no time: its mark is below the axis, where no answer's is, and the table counts it."""
     well = await show(system.gateway.url)
     ill = await show(broken.url)
     await ill.locator("#plot .failure").nth(1).wait_for(state="attached")
@@ -330,7 +330,7 @@ async def test_what_failed_is_not_drawn_as_slow(broken: Server, system: System, 
 
 
 async def test_paused_does_not_look_healthy(broken: Server, system: System, show: Show) -> None:
-    """While it is paused nothing is green or red: it says what was, and when that was seen; then it starts anew."""
+    """While paused, nothing is green or red: the page shows the last state and its time; then it starts afresh."""
     well = await show(system.gateway.url)
     ill = await show(broken.url)
     seen = {well: UP, ill: {"gateway": "up", "service": "down", "database": "unknown"}}
@@ -348,7 +348,7 @@ async def test_paused_does_not_look_healthy(broken: Server, system: System, show
 
 
 async def test_an_answer_after_the_pause_does_not_undo_it(start: Start, cluster: Cluster, show: Show) -> None:
-    """One that was under way when the person pressed the button is shown, but as what was."""
+    """An answer that was under way when the button was pressed is shown as past."""
     service = await start("message_service", **cluster.database().settings())
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     page = await show(gateway.url)
@@ -364,7 +364,7 @@ async def test_an_answer_after_the_pause_does_not_undo_it(start: Start, cluster:
 
 
 async def test_it_asks_politely(start: Start, show: Show) -> None:
-    """Once a second; less when nobody looks; not at all while paused; never a second time while it waits."""
+    """Once a second; less often in the background; not while paused; never a second time while it waits."""
     gateway = await start("gateway", DOWNSTREAM_URL=(await start("gateway")).url)
     page = await show(gateway.url, fake_clock=True)
     asked = 0
@@ -412,7 +412,7 @@ async def test_it_asks_politely(start: Start, show: Show) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_everybody_can_use_it(broken: Server, system: System, show: Show, scheme: Scheme) -> None:
-    """axe-core finds nothing, well, broken or paused, on a desk and on a phone; nothing is wider than the window."""
+    """axe-core finds no fault, well, broken or paused, on a desktop and a phone; nothing overflows the window."""
     system.database.set_message("A long message: " + "word " * 500 + "x" * 500)
     well = await show(system.gateway.url, scheme=scheme)
     await well.get_by_role("button", name="Send 300 requests").click()

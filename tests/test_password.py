@@ -1,4 +1,4 @@
-"""The database's password: changed without a restart, whatever characters it has, and told to nobody."""
+"""The database's password: changed without a restart, with any characters, and never disclosed."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ import logs
 
 @pytest.fixture
 def role(cluster: Cluster) -> Database:
-    """The cluster's database, for a role of its own."""
+    """The cluster's database, with a role of its own."""
     database = cluster.database()
     database.sql("CREATE ROLE reader LOGIN PASSWORD 'first'")
     database.sql("GRANT SELECT ON messages TO reader")
@@ -22,7 +22,7 @@ def role(cluster: Cluster) -> Database:
 
 
 async def test_a_rotated_password_needs_no_restart(role: Database, start: Start, tmp_path: Path) -> None:
-    """Changed in the database and in the file, and the connections ended: the next request succeeds."""
+    """After a change in the database and in the file, with all connections ended, the next request succeeds."""
     file = tmp_path / "password"
     file.write_text("first\n")
     settings = role.settings(DB_USER="reader", DB_PASSWORD=None, DB_PASSWORD_FILE=file)
@@ -45,7 +45,7 @@ SECRET = "s3cret-Pa55word"
 
 
 async def test_a_secret_is_in_no_log_and_no_answer(role: Database, start: Start) -> None:
-    """Neither when it is right nor when it is wrong, at any log level."""
+    """Whether it is right or wrong, at any log level."""
     settings = {"DB_USER": "reader", "DB_PASSWORD": SECRET, "LOG_LEVEL": "debug", "ACCESS_LOG": "all"}
     role.sql("ALTER ROLE reader PASSWORD %s", SECRET)
     service = await start("message_service", **role.settings(**settings))
@@ -77,7 +77,7 @@ async def test_a_secret_is_in_no_log_and_no_answer(role: Database, start: Start)
 async def test_a_file_that_holds_no_password_is_an_outage(
     role: Database, start: Start, tmp_path: Path, content: bytes
 ) -> None:
-    """503 from the service and its probe, one line that holds nothing of it; put right, the next request succeeds."""
+    """503 from the service and its probe, and one log line without the content; once it is fixed, requests succeed."""
     file = tmp_path / "password"
     file.write_bytes(content)
     settings = role.settings(DB_USER="reader", DB_PASSWORD=None, DB_PASSWORD_FILE=file, LOG_LEVEL="debug")
@@ -98,7 +98,7 @@ async def test_a_file_that_holds_no_password_is_an_outage(
 
 @pytest.mark.parametrize("secret", [SECRET.encode("utf-16"), "\ud800" + SECRET], ids=["bytes", "text"])
 def test_an_error_that_holds_its_input_is_logged_without_it(secret: bytes | str) -> None:
-    """Neither its cause nor its traceback has any of what could not be decoded or encoded, unlike its repr."""
+    """Unlike its repr, neither cause nor traceback has any of what could not be decoded or encoded."""
     with pytest.raises(UnicodeError) as caught:
         secret.decode() if isinstance(secret, bytes) else secret.encode()
     record = logging.LogRecord("messages", logging.ERROR, "", 0, "failed", None, caught._excinfo)
@@ -108,7 +108,7 @@ def test_an_error_that_holds_its_input_is_logged_without_it(secret: bytes | str)
 
 
 def test_a_secret_is_in_no_message_of_the_command_line(cluster: Cluster, tmp_path: Path) -> None:
-    """Not in the help, not among wrong settings, not when the schema can not be applied."""
+    """Not in the help, not among wrong settings, not when the schema cannot be applied."""
     good = cluster.database().settings(DB_PASSWORD=SECRET)
     file = tmp_path / "password"
     file.write_text(SECRET)

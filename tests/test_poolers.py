@@ -1,4 +1,4 @@
-"""Behind PgBouncer, in each of its modes: a session is not the service's alone, nor is a backend."""
+"""Behind PgBouncer, in each of its modes: the service shares its sessions and its backends with others."""
 
 import asyncio
 import hashlib
@@ -21,14 +21,14 @@ MakePooler = Callable[..., Pooler]
 
 @pytest.fixture(scope="module")
 def cluster(session_folder: Path) -> Iterator[Cluster]:
-    """A cluster for all tests here, whose log has every statement."""
+    """A cluster for all tests here; it logs every statement."""
     cluster = Cluster(make_folder("pooled-", session_folder), session_folder, log_statement="all")
     yield cluster
     cluster.close()
 
 
 def statements(cluster: Cluster) -> list[str]:
-    """All that were sent to the server so far, in order."""
+    """All statements that the server has received so far, in order."""
     return re.findall(r"LOG:  statement: (.*)", (cluster.folder / "log").read_text())
 
 
@@ -49,7 +49,7 @@ def make_pooler(cluster: Cluster, session_folder: Path) -> Iterator[MakePooler]:
 
 
 async def all_answer(*services: Server) -> bool:
-    """Whether each answers every one of several requests at a time, with the message."""
+    """Whether each service answers all of several simultaneous requests with the message."""
     urls = [f"{service.url}/api/message" for service in services] * 8
     answers = [*await asyncio.gather(*(get(url) for url in urls)), *[await get(url) for url in urls]]
     assert {answer.status for answer in answers} == {200}, [answer.body for answer in answers if answer.status != 200]
@@ -64,7 +64,7 @@ async def all_answer(*services: Server) -> bool:
 async def test_two_services_behind_a_pooler(
     make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str, ignored: str, reset: int
 ) -> None:
-    """Both answer from the first request on, also after a restart of one of them, of the pooler, of the database."""
+    """Both answer from the first request on, and after a restart of one, of the pooler, or of the database."""
     settings = {"ignore_startup_parameters": ignored} if ignored else {}
     backends = 2 if mode == "transaction" else 20  # few, so that the services share them
     pooler = make_pooler(pool_mode=mode, server_reset_query_always=reset, default_pool_size=backends, **settings)
@@ -83,7 +83,7 @@ async def test_two_services_behind_a_pooler(
 
 
 async def test_a_pooler_that_was_away_is_found_again(make_pooler: MakePooler, start: Start) -> None:
-    """503 while it is down, also for the readiness probe; 200 as soon as it is back."""
+    """503 while it is down, for the readiness probe, too; 200 as soon as it is back."""
     pooler = make_pooler(pool_mode="transaction")
     service = await start("message_service", **pooler.database().settings())
     assert await all_answer(service)
@@ -95,12 +95,12 @@ async def test_a_pooler_that_was_away_is_found_again(make_pooler: MakePooler, st
 
 
 async def has_status(url: str, status: int) -> bool:
-    """Whether a request is answered so."""
+    """Whether a request gets this status."""
     return (await get(url)).status == status
 
 
 async def test_a_statement_of_others_is_never_executed(make_pooler: MakePooler, cluster: Cluster, start: Start) -> None:
-    """A backend that has statements by all the names that a service may use, with other texts, changes no answer."""
+    """Other clients' statements under every name that a service may use change no answer."""
     before = len(statements(cluster))
     direct = await start("message_service", **cluster.database().settings())
     assert await all_answer(direct)
@@ -123,7 +123,7 @@ async def test_a_statement_of_others_is_never_executed(make_pooler: MakePooler, 
 async def test_nothing_stays_behind_in_a_backend(
     make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str
 ) -> None:
-    """What others do on the backends of the service, or of `--apply-schema`, is neither limited nor in their way."""
+    """Other clients on the backends of the service or of `--apply-schema` meet no leftover limit or statement."""
     pooler = make_pooler(pool_mode=mode, default_pool_size=1, server_reset_query="")
     applied = await asyncio.to_thread(run, "-m", "message_service", "--apply-schema", **pooler.database().settings())
     assert applied.returncode == 0, applied.stderr
@@ -140,7 +140,7 @@ async def test_nothing_stays_behind_in_a_backend(
 async def test_the_schema_is_applied_through_a_pooler(
     make_pooler: MakePooler, cluster: Cluster, start: Start, mode: str
 ) -> None:
-    """By several at once, with the role that the service then logs in as."""
+    """By several at once, with the role as which the service then logs in."""
     cluster.database().sql("DROP TABLE messages")
     pooler = make_pooler(pool_mode=mode)
     role, password = f"reader_{mode}", "its password"
@@ -158,7 +158,7 @@ async def test_the_schema_is_applied_through_a_pooler(
 async def test_what_the_page_says_to_set_on_the_role_counts(
     make_pooler: MakePooler, cluster: Cluster, start: Start
 ) -> None:
-    """docs/containers.md, "Behind a pooler": then a query that nobody waits for ends on the server, too."""
+    """docs/containers.md, "Behind a pooler": the server, too, then ends an abandoned query."""
     database = cluster.database()
     database.sql("CREATE ROLE limited LOGIN PASSWORD 'its password'")
     database.sql("GRANT SELECT ON messages TO limited")
@@ -180,7 +180,7 @@ async def test_what_the_page_says_to_set_on_the_role_counts(
 
 
 async def test_a_direct_connection_prepares_its_query_once(cluster: Cluster, start: Start) -> None:
-    """Three statements on a new connection, one for each further query, which is only executed; all limited in time."""
+    """Three statements on a new connection, then one execution for each query; all have a time limit."""
     one = {"DB_POOL_SIZE": 1}  # so that no query that is late gets company on another
     service = await start("message_service", **cluster.database().settings(), **one, DB_TIMEOUT=2)
     before = len(statements(cluster))

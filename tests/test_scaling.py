@@ -1,4 +1,4 @@
-"""The model of benchmarks/scaling_model.py: its law against the real coalescer, its arithmetic, the page made of it."""
+"""benchmarks/scaling_model.py: its law against the real coalescer, its arithmetic, and the page made from it."""
 
 import asyncio
 import dataclasses
@@ -34,7 +34,7 @@ CONSTANTS = model.Constants(
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
-    """An event loop that does not wait: its clock jumps to the next timer, and nothing else takes any time."""
+    """An event loop that does not wait: its clock jumps to the next timer, and nothing else takes time."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -51,7 +51,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
 
 async def ask_at_random(rate: float, ask: Sequence[Coalescer[None]], callers: int = 1500) -> None:
-    """Let so many callers a second ask one of these each."""
+    """Call `rate` times a second, at random, one of these."""
     random = Random(1)
     async with asyncio.TaskGroup() as group:
         for _ in range(callers):
@@ -91,7 +91,7 @@ def simulate(rate: float, gateways: int, services: int, call: float, query: floa
 @pytest.mark.parametrize("seconds", [0.0005, 0.002, 0.008, 0.05])
 @pytest.mark.parametrize("rate", [30, 300, 3000])
 def test_law(rate: float, seconds: float) -> None:
-    """The model knows how often a coalescer runs; less exactly where runs overlap."""
+    """The model predicts how often a coalescer runs, less exactly if runs overlap."""
     error = 0.05 if seconds < MAX_ADDED_DELAY else 0.25
     calls, _ = simulate(rate, gateways=1, services=1, call=seconds, query=0)
     assert model.runs(rate, seconds, work=0) == pytest.approx(calls, rel=error)
@@ -99,7 +99,7 @@ def test_law(rate: float, seconds: float) -> None:
 
 @pytest.mark.parametrize(("gateways", "services"), [(1, 1), (2, 1), (4, 1), (4, 2), (20, 1)])
 def test_chain(gateways: int, services: int) -> None:
-    """The model knows how many calls and queries several gateways and message services make."""
+    """The model predicts how many calls and queries several gateways and message services make."""
     rate = 1000 * gateways
     ideal = dataclasses.replace(CONSTANTS, gateway_request=0, service_call=0)  # no process is busy with anything
     load = model.load(ideal, rate, gateways, services)
@@ -108,7 +108,7 @@ def test_chain(gateways: int, services: int) -> None:
 
 
 def test_same_limits() -> None:
-    """The model counts with the limits of the servers and of k8s.yaml as they are."""
+    """The model uses the real limits of the servers and of k8s.yaml."""
     maxima = re.findall(r"maxReplicas: (\d+)", (ROOT / "k8s.yaml").read_text())
     assert tuple(map(int, maxima)) == scaling_report.MAX_REPLICAS
     assert model.MAX_ADDED_DELAY == MAX_ADDED_DELAY
@@ -116,7 +116,7 @@ def test_same_limits() -> None:
 
 
 def test_busy_process() -> None:
-    """A process that is half busy with requests makes half as many runs as one that only they keep waiting."""
+    """A process that is half busy with requests makes half as many runs as one that only waits for runs."""
     assert model.runs(10_000, 0.001, work=50e-6) == pytest.approx(model.runs(10_000, 0.001, work=0) / 2, rel=0.01)
 
 
@@ -131,7 +131,7 @@ def test_load() -> None:
 
 @pytest.mark.parametrize("requests", [1, 1000, 100_000, 10_000_000])
 def test_plan(requests: float) -> None:
-    """What is planned carries the load, two of each kind at least, and one gateway less would not."""
+    """The planned replicas carry the load, at least two of each kind, and one gateway fewer would not."""
     plan = model.plan(CONSTANTS, requests)
     assert plan.gateway_cpu <= model.TARGET * plan.gateways
     assert plan.service_cpu <= model.TARGET * plan.services
@@ -143,7 +143,7 @@ def test_plan(requests: float) -> None:
 
 
 def test_fit() -> None:
-    """Costs that explain every measurement are found again."""
+    """Costs that explain every measurement are recovered."""
     points = [(1000.0, 800.0), (4000.0, 1000.0), (8000.0, 600.0)]
     assert model.fit_costs([(x, y, 70e-6 * x + 400e-6 * y) for x, y in points]) == pytest.approx((70e-6, 400e-6))
     seen = [(rate, model.runs(rate, 0.0007, 70e-6)) for rate in (1000.0, 4000.0, 8000.0)]
@@ -151,7 +151,7 @@ def test_fit() -> None:
 
 
 def test_page() -> None:
-    """The numbers on the page are those of the results file."""
+    """The numbers on the page match the results file."""
     page = scaling_report.PAGE.read_text()
     results = json.loads((scaling_report.RESULTS / "scaling.json").read_text())
     assert scaling_report.render(page, results) == page

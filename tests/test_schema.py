@@ -1,4 +1,4 @@
-"""`--apply-schema`: safe to run at any time, by any number at once, with no more rights than are needed."""
+"""`--apply-schema`: safe to run at any time, by any number at once, with only the rights that it needs."""
 
 import asyncio
 import uuid
@@ -27,7 +27,7 @@ def apply(**settings: Any) -> CompletedProcess[str]:
 
 @pytest.fixture
 def reader(provider: Provider, database: Database) -> Iterator[Database]:
-    """The database as a role sees it that may read the messages, and nothing else."""
+    """The database for a role that can only read the messages."""
     name = f"reader_{uuid.uuid4().hex[:12]}"
     database.sql(f"CREATE ROLE {name} LOGIN PASSWORD %s", READER_PASSWORD)
     database.sql(f"GRANT SELECT ON messages TO {name}")
@@ -37,7 +37,7 @@ def reader(provider: Provider, database: Database) -> Iterator[Database]:
 
 
 async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Database) -> None:
-    """All exit with 0, the samples are there once; a message that was changed since is kept."""
+    """All exit 0, and the samples are there once; a message changed since then is kept."""
 
     # Each is held where it is about to create the table, so that all ten would, if they did not wait for each other.
     together = empty_database.connect()
@@ -58,21 +58,21 @@ async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Datab
 
 
 async def test_a_schema_that_cannot_be_applied_is_one_line(empty_database: Database) -> None:
-    """And exit status 1: here there is no such database."""
+    """And exit status 1: in this test, because the database does not exist."""
     ended = apply(**empty_database.settings(DB_NAME="nowhere"))
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
     assert "nowhere" in ended.stderr
 
 
 def test_to_read_is_right_enough_where_the_table_is(reader: Database) -> None:
-    """Exit status 0, and a line that says why nothing was done."""
+    """Exit status 0, and a line that says why nothing was changed."""
     ended = apply(**reader.settings())
     assert ended.returncode == 0, ended.stderr
     assert f"{reader.user} can read the table" in ended.stdout
 
 
 def test_a_database_that_cannot_be_written_is_no_fault(reader: Database, database: Database) -> None:
-    """A replica, or one that an administrator has closed: nor is it for the owner, with a role to make or without."""
+    """A replica, or one that an administrator has made read-only; for the owner, too, with or without a new role."""
     database.sql(f'ALTER DATABASE "{database.name}" SET default_transaction_read_only = on')
     owner = {"DB_OWNER": database.user, "DB_OWNER_PASSWORD": database.password}
     for settings in (database.settings(), reader.settings(), reader.settings(**owner)):
@@ -81,7 +81,7 @@ def test_a_database_that_cannot_be_written_is_no_fault(reader: Database, databas
 
 
 def test_a_role_that_cannot_even_read_is_told_so(reader: Database, database: Database) -> None:
-    """Exit status 1 and one line: it can neither make the table nor use it."""
+    """Exit status 1 and one line: it can neither create the table nor use it."""
     database.sql(f"REVOKE SELECT ON messages FROM {reader.user}")
     ended = apply(**reader.settings())
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
@@ -90,14 +90,14 @@ def test_a_role_that_cannot_even_read_is_told_so(reader: Database, database: Dat
 
 @pytest.mark.parametrize("wrong", ["DB_PASSWORD", "DB_NAME", "DB_SSLMODE"])
 def test_what_does_not_pass_is_not_waited_for(database: Database, wrong: str) -> None:
-    """A wrong password, a database that is not there, TLS that the server does not speak: told at once."""
+    """A wrong password, a missing database, TLS that the server does not speak: reported at once."""
     value = {"DB_PASSWORD": "wrong", "DB_NAME": "nowhere", "DB_SSLMODE": "require"}[wrong]
     ended = run("-m", "message_service", "--apply-schema", **database.settings() | {wrong: value}, within=15)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
 
 
 async def test_a_database_that_is_away_is_waited_for(cluster: Cluster, make_proxy: MakeProxy) -> None:
-    """In Compose and on Kubernetes everything starts at once: the step outlasts the database's start."""
+    """In Compose and on Kubernetes everything starts at once: the step waits for the database's start."""
     proxy = await make_proxy(cluster.port)
     cluster.stop()
     applying = asyncio.create_task(asyncio.to_thread(apply, **cluster.database().settings(DB_PORT=proxy.port)))
@@ -108,7 +108,7 @@ async def test_a_database_that_is_away_is_waited_for(cluster: Cluster, make_prox
 
 
 async def test_the_owner_makes_a_role_that_may_only_read(make_cluster: MakeCluster, start: Start) -> None:
-    """By several at once; the services log in as it. Its password can be changed, and is in no log of the server."""
+    """By several at once; the services log in as it. Its password can change, and is in no server log."""
     cluster = make_cluster(log_statement="all")
     database = cluster.database()
     database.sql("DROP TABLE messages")

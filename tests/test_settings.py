@@ -1,4 +1,4 @@
-"""Settings and command line: wrong ones are told all at once before anything listens; what is told is true."""
+"""Settings and command line: wrong settings are reported together, before the server listens, and correctly."""
 
 import re
 from typing import Any
@@ -45,7 +45,7 @@ BOTH = pytest.mark.parametrize("name", SERVERS)
 
 @BOTH
 def test_wrong_settings_are_told_all_at_once(name: str) -> None:
-    """One line for each, with its name, what it holds and what is expected; exit status 2."""
+    """One line for each, with its name, its value and what is expected; exit status 2."""
     wrong = SERVERS[name]
     for round_ in range(max(map(len, wrong.values()))):
         chosen: dict[str, Any] = {variable: values[round_ % len(values)] for variable, values in wrong.items()}
@@ -76,7 +76,7 @@ def test_wrong_settings_are_told_all_at_once(name: str) -> None:
     ],
 )
 def test_a_secret_that_is_wrong_is_hidden(variable: str, value: str) -> None:
-    """One line that holds nothing of it; exit status 2."""
+    """One line without any of it; exit status 2."""
     wrong: dict[str, Any] = {variable: value}
     ended = run("-m", "message_service", **wrong)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
@@ -89,13 +89,13 @@ def test_a_secret_that_is_wrong_is_hidden(variable: str, value: str) -> None:
     ["localhost", "db.example.com.", "my_db", "10.0.0.1", "::1", "fe80::1%eth0", "/run/postgresql", "bücher.example"],
 )
 def test_a_host_that_can_be_right_is_taken(host: str) -> None:
-    """Names, Compose's and international ones included, addresses, and folders."""
+    """Names, including Compose's and international ones, addresses, and folders."""
     assert settings.read(message_service.Settings, {"DB_HOST": host}).db_host == host
 
 
 @BOTH
 def test_wrong_settings_are_told_before_a_port_in_use(name: str) -> None:
-    """Nothing listens until all settings are right."""
+    """The server listens only once all settings are right."""
     with reserve_port() as taken:
         taken.listen()
         ended = run("-m", name, PORT=taken.getsockname()[1], LOG_LEVEL="loud")
@@ -104,14 +104,14 @@ def test_wrong_settings_are_told_before_a_port_in_use(name: str) -> None:
 
 @BOTH
 async def test_an_empty_variable_is_not_set(start: Start, name: str) -> None:
-    """As Compose and Kubernetes pass what somebody left out."""
+    """As Compose and Kubernetes pass omitted values."""
     server = await start(name, **dict.fromkeys(set(SERVERS[name]) - {"PORT", "LOG_FORMAT"}, ""))
     assert (await get(server.url + "/healthz")).status == 200
 
 
 @BOTH
 def test_help_tells_every_setting(name: str) -> None:
-    """Each variable of the server and of no other, with its default."""
+    """Every variable of this server and of no other, with its default."""
     ended = run("-m", name, "--help")
     assert (ended.returncode, ended.stderr) == (0, "")
     other = {"gateway": WRONG_SERVICE, "message_service": WRONG_GATEWAY}[name]
@@ -126,7 +126,7 @@ def test_help_tells_every_setting(name: str) -> None:
 
 @BOTH
 def test_an_unknown_argument_is_an_error(name: str) -> None:
-    """With a hint at what there is, and exit status 2."""
+    """With a usage hint, and exit status 2."""
     ended = run("-m", name, "--nonsense")
     assert ended.returncode == 2
     assert "usage" in ended.stderr

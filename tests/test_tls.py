@@ -1,4 +1,4 @@
-"""TLS to the database: the service connects wherever libpq does with the same DB_SSLMODE, and says why where it cannot.
+"""TLS to the database: the service connects wherever libpq does with the same DB_SSLMODE; if it cannot, it says why.
 
 The server is a real PostgreSQL with TLS; its rules in pg_hba.conf decide which connections it takes.
 """
@@ -21,7 +21,7 @@ MODES = (None, "disable", "allow", "prefer", "require")  # None: DB_SSLMODE is n
 
 
 class Certificates:
-    """A certificate authority; one that nobody knows; and a server's certificate of each, for `localhost` only."""
+    """A certificate authority; an unknown one; and a server certificate from each, for `localhost` only."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -45,7 +45,7 @@ class Certificates:
 
     @property
     def authority(self) -> Path:
-        """What a client checks the server's certificate against."""
+        """The certificate against which a client checks the server's."""
         return self.folder / "known.crt"
 
 
@@ -57,12 +57,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 class TLSCluster(Cluster):
-    """A cluster that speaks TLS, or not, and takes some kinds of connections only; its log has every connection."""
+    """A cluster with or without TLS that accepts only some kinds of connections; it logs every connection."""
 
     certificates: Certificates
 
     def configure(self, *, tls: bool = True, rule: str = "host", authority: str = "known") -> None:
-        """Restart it so: `rule` says which connections over TCP it takes, `authority` whose certificate it has."""
+        """Restart it: `rule` says which TCP connections it accepts, `authority` signs its certificate."""
         for kind in ("key", "crt"):
             file = self.data / f"server.{kind}"
             shutil.copy(self.certificates.folder / f"{authority}-server.{kind}", file)
@@ -78,13 +78,13 @@ class TLSCluster(Cluster):
         self.start()
 
     def connections(self) -> int:
-        """How many connections were made so far, whatever came of them."""
+        """How many connections were made so far, successful or not."""
         return (self.folder / "log").read_text().count("connection received")
 
 
 @pytest.fixture(scope="module")
 def tls_cluster(session_folder: Path, certificates: Certificates) -> Iterator[TLSCluster]:
-    """For all tests here: each says how it is to be configured."""
+    """For all tests here; each configures it."""
     folder = programs_with_tls()
     if not folder:
         pytest.skip("needs a PostgreSQL with TLS (Debian: apt-get install postgresql)")
@@ -95,7 +95,7 @@ def tls_cluster(session_folder: Path, certificates: Certificates) -> Iterator[TL
 
 
 def libpq(cluster: Cluster, mode: str | None) -> str | None:
-    """Why libpq cannot connect with this mode; None when it can."""
+    """Why libpq cannot connect with this mode; None if it can."""
     settings = {"host": "127.0.0.1", "port": cluster.port, "dbname": "mydb", "user": "postgres", "password": PASSWORD}
     try:
         psycopg2.connect(**settings, sslmode=mode, gssencmode="disable").close()
@@ -117,14 +117,14 @@ EXPECTED: dict[tuple[bool, str], set[str | None]] = {  # by TLS and rule: the mo
 
 
 async def start_each(start: Start, cluster: Cluster) -> list[tuple[str | None, Server]]:
-    """A message service for each mode, with one connection, and time enough to tell "at once" from "in time"."""
+    """A message service for each mode, with one connection, and enough time to tell "at once" from "in time"."""
     settings = cluster.database().settings(DB_TIMEOUT=10, DB_POOL_SIZE=1, ACCESS_LOG="all")
     services = await asyncio.gather(*(start("message_service", **settings, DB_SSLMODE=mode or "") for mode in MODES))
     return list(zip(MODES, services, strict=True))
 
 
 async def ask(service: Server) -> tuple[int, str]:
-    """The status that a client gets, at once, and what the log says to it."""
+    """The status that a client gets, at once, and the log's cause for it."""
     answer = await get(service.url + "/api/message")
     assert answer.seconds < 3
     line = await service.wait_for_log(request_id=answer.request_id)
@@ -132,7 +132,7 @@ async def ask(service: Server) -> tuple[int, str]:
 
 
 async def test_it_connects_where_libpq_does(tls_cluster: TLSCluster, start: Start) -> None:
-    """With each mode and rule: 200 where libpq connects; else 503 at once, with all of libpq's reasons in the log."""
+    """With each mode and rule: 200 if libpq connects, else 503 at once, with all of libpq's reasons in the log."""
     services = await start_each(start, tls_cluster)
     for (tls, rule), expected in EXPECTED.items():
         tls_cluster.configure(tls=tls, rule=rule)
@@ -151,7 +151,7 @@ async def test_it_connects_where_libpq_does(tls_cluster: TLSCluster, start: Star
 
 
 async def test_one_connection_is_enough(tls_cluster: TLSCluster, start: Start) -> None:
-    """Where the first thing that libpq tries succeeds, nothing else is tried; nor where nobody listens."""
+    """If libpq's first attempt succeeds, there is no second; nor if nothing listens."""
     services = await start_each(start, tls_cluster)
     for tls in (True, False):
         tls_cluster.configure(tls=tls)
@@ -167,7 +167,7 @@ async def test_one_connection_is_enough(tls_cluster: TLSCluster, start: Start) -
 
 
 async def test_a_refused_login_leaves_nothing_behind(tls_cluster: TLSCluster, start: Start) -> None:
-    """However often it tries, on two sockets each time, none of them stays open."""
+    """However often it tries, on two sockets each time, none stays open."""
     tls_cluster.configure(rule="reject")
     service = await start("message_service", **tls_cluster.database().settings())
     for _ in range(20):
@@ -176,7 +176,7 @@ async def test_a_refused_login_leaves_nothing_behind(tls_cluster: TLSCluster, st
 
 
 async def test_a_wrong_password_is_told_where_plain_text_is_refused(tls_cluster: TLSCluster, start: Start) -> None:
-    """As RDS does by default: the reason of the try with TLS comes first, that of the one without it is no surprise."""
+    """RDS refuses it by default: the reason of the attempt with TLS comes first, since the other is no surprise."""
     tls_cluster.configure(rule="hostssl")
     service = await start("message_service", **tls_cluster.database().settings(DB_PASSWORD="wrong"))
     assert (await get(service.url + "/api/message")).status == 503
@@ -204,7 +204,7 @@ async def test_the_certificate_is_checked(
     host: str,
     reason: str | None,
 ) -> None:
-    """A right one is taken; a wrong host or authority is 503 at once, with libpq's reason in the log."""
+    """A correct one is accepted; a wrong host or authority is 503 at once, with libpq's reason in the log."""
     tls_cluster.configure(authority=authority)
     settings = tls_cluster.database().settings(DB_HOST=host, DB_TIMEOUT=10)
     service = await start("message_service", **settings, DB_SSLMODE=mode, DB_SSLROOTCERT=certificates.authority)
@@ -237,7 +237,7 @@ ODD = {
 
 @pytest.mark.parametrize("command", [[], ["--apply-schema"]], ids=["the service", "--apply-schema"])
 async def test_variables_of_libpq_have_no_say(database: Database, start: Start, command: list[str]) -> None:
-    """Whatever somebody has set for psql on this machine."""
+    """Whatever a user has set for psql on this machine."""
     settings = database.settings(**ODD)
     if command:
         ended = await asyncio.to_thread(run, "-m", "message_service", *command, **settings)
@@ -251,7 +251,7 @@ async def test_variables_of_libpq_have_no_say(database: Database, start: Start, 
 async def test_a_home_that_cannot_be_read(
     tls_cluster: TLSCluster, start: Start, tmp_path: Path, mode: str | None, status: int
 ) -> None:
-    """libpq looks for certificates there. It connects without TLS where it may, or the log says what it cannot read."""
+    """libpq looks for certificates there. It connects without TLS if it may; else the log says what it cannot read."""
     tls_cluster.configure()
     (tmp_path / ".postgresql").symlink_to(".postgresql")  # an endless link, which root cannot read either
     settings = tls_cluster.database().settings(DB_TIMEOUT=10, HOME=tmp_path)

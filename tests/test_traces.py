@@ -1,4 +1,4 @@
-"""What instrumentation from outside sees; docs/operating.md, "Traces without code", is what it is for."""
+"""What external instrumentation sees, as in docs/operating.md, "Traces without code"."""
 
 from conftest import Start
 from kit.client import get
@@ -27,7 +27,7 @@ runpy.run_module("gateway", run_name="__main__", alter_sys=True)
 
 
 async def test_a_middleware_put_in_from_outside_sees_each_request(start: Start) -> None:
-    """It knows the route, and the status that the client gets, of errors too."""
+    """Its route, and the status that the client gets, on errors too."""
     gateway = await start("gateway", program=("-c", INSTRUMENTED), DOWNSTREAM_URL="http://127.0.0.1:1")
     for path, seen in (("/healthz", "/healthz 200"), ("/nowhere", " 404"), ("/api/string", "/api/string 503")):
         answer = await get(gateway.url + path)

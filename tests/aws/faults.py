@@ -1,4 +1,4 @@
-"""Faults for aws/template.yaml, made mechanically: each differs from the template in one place, and is wrong.
+"""Faults for aws/template.yaml, made mechanically: each changes the template in one place, and is wrong.
 
 A kind of fault is a function that yields a changed template for every place where it can happen. So whatever the
 template comes to say is tried out too. Prose (descriptions, names of statements) is left alone.
@@ -34,7 +34,7 @@ class Fault:
 
 
 def _fault(template: Template, path: Path, value: Any) -> Fault:
-    """The template with another value at a place: GONE takes it away, the index -1 of a list appends."""
+    """The template with another value in one place: GONE removes it, the index -1 appends to a list."""
     changed: Any = copy.copy(template)
     place = changed
     for key in path[:-1]:
@@ -50,7 +50,7 @@ def _fault(template: Template, path: Path, value: Any) -> Fault:
 
 
 def _places(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every place in a value that is not prose, with what stands there."""
+    """Every place in a value that is not prose, with its value."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if key not in PROSE:
             yield (*path, key), item
@@ -68,13 +68,13 @@ def _statements(template: Template) -> Iterator[tuple[Path, Any]]:
 
 
 def something_is_gone(template: Template) -> Iterator[Fault]:
-    """A parameter's limit, a resource, a property, a condition, an item of a list."""
+    """Without a parameter's limit, a resource, a property, a condition, or an item of a list."""
     for path, _ in _sections(template, "Parameters", "Mappings", "Conditions", "Resources", "Outputs"):
         yield _fault(template, path, GONE)
 
 
 def a_value_is_wrong(template: Template) -> Iterator[Fault]:
-    """Another number, word or truth, in every place."""
+    """Another number, word or boolean, in every place."""
     for path, value in _sections(template, *template.keys() - {"AWSTemplateFormatVersion", "Description"}):
         if isinstance(value, bool):
             yield _fault(template, path, not value)
@@ -85,7 +85,7 @@ def a_value_is_wrong(template: Template) -> Iterator[Fault]:
 
 
 def another_is_meant(template: Template) -> Iterator[Fault]:
-    """A reference leads to another resource or parameter of the same type, or a function takes the other branch."""
+    """A reference to another resource or parameter of the same type, or a function's other branch."""
     types = {name: item["Type"] for section in ("Resources", "Parameters") for name, item in template[section].items()}
     for path, value in _sections(template, "Conditions", "Resources", "Outputs"):
         for name in types:
@@ -103,7 +103,7 @@ def another_is_meant(template: Template) -> Iterator[Fault]:
 
 
 def a_property_more(template: Template) -> Iterator[Fault]:
-    """A property that the service knows and the template does not use, on every level."""
+    """A property that the service accepts and the template does not use, on every level."""
     for name, resource in template["Resources"].items():
         schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("us-east-1", resource["Type"]).schema
         yield from _more(template, ("Resources", name, "Properties"), resource["Properties"], schema, schema)
@@ -125,7 +125,7 @@ def _more(template: Template, path: Path, value: Any, schema: Any, whole: Any) -
 
 
 def a_policy_says_more(template: Template) -> Iterator[Fault]:
-    """A statement that allows, refuses or trusts more than is needed."""
+    """A statement that allows, denies or trusts more than necessary."""
     for path, statements in _statements(template):
         trust = "Principal" in statements[0]
         for more in (EVERYTHING, {**EVERYTHING, "Effect": "Deny"}):
@@ -169,7 +169,7 @@ def _wider(resource: Any) -> set[str]:
 
 
 def a_role_has_more(template: Template) -> Iterator[Fault]:
-    """One more policy of AWS's or the template's own, or another in place of it."""
+    """One more policy, of AWS's or the template's own, or another in place of it."""
     for name, resource in template["Resources"].items():
         if resource["Type"] == "AWS::IAM::Role":
             path = ("Resources", name, "Properties")
@@ -184,7 +184,7 @@ def a_role_has_more(template: Template) -> Iterator[Fault]:
 
 
 def a_resource_more(template: Template) -> Iterator[Fault]:
-    """A second resource of each type, and some that open a door beside those that are watched."""
+    """A second resource of each type, and some that open a door besides those under test."""
     for name, resource in template["Resources"].items():
         yield _fault(template, ("Resources", f"{name}More"), resource)
     world = {"IpProtocol": "-1", "CidrIp": "0.0.0.0/0"}
@@ -199,7 +199,7 @@ def a_resource_more(template: Template) -> Iterator[Fault]:
 
 
 def a_parameter_is_lax(template: Template) -> Iterator[Fault]:
-    """A parameter takes, or has by default, what it must not."""
+    """A parameter that accepts, or has by default, what it must not."""
     for name, parameter in template["Parameters"].items():
         path = ("Parameters", name)
         yield _fault(template, (*path, "Default"), {"PublicAccessCidrs": "0.0.0.0/0"}.get(name, "another"))
@@ -210,7 +210,7 @@ def a_parameter_is_lax(template: Template) -> Iterator[Fault]:
 
 
 def what_people_do(template: Template) -> Iterator[Fault]:
-    """Faults that take a bad idea, not just a slip."""
+    """Faults that are bad ideas, not just slips."""
     subnet = {"Fn::GetAtt": ["Vpc", "CidrBlock"]}
     small = {"Fn::Select": [100, {"Fn::Cidr": [subnet, 128, 8]}]}
     for resource, property_, value in (

@@ -1,4 +1,4 @@
-"""How IAM answers one call to AWS, for the policies of aws/template.yaml.
+"""How IAM decides on one call to AWS, for the policies of aws/template.yaml.
 
 Rules, as IAM has them: without an Allow that matches a call is refused, and a Deny that matches refuses it whatever
 else allows it. Actions match without regard to case, `*` and `?` are wildcards, and a condition on a key that the call
@@ -20,7 +20,7 @@ Part = tuple[int, str, Any]  # of which statement, which field of it, which of t
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the action, the ARN of what it is for, and the keys that conditions can ask for, tags among them."""
+    """One call: the action, the ARN of its resource, and the keys that conditions can test, tags among them."""
 
     action: str
     resource: str
@@ -28,7 +28,7 @@ class Call:
 
 
 def parts(statements: list[dict[str, Any]]) -> set[Part]:
-    """Everything that a policy consists of."""
+    """All the parts of a policy."""
     found: set[Part] = set()
     for number, statement in enumerate(statements):
         assert statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"}, statement.keys()
@@ -41,7 +41,7 @@ def parts(statements: list[dict[str, Any]]) -> set[Part]:
 
 
 def granted_by(statements: list[dict[str, Any]], call: Call) -> list[set[Part]]:
-    """For each statement that allows the call, the parts of it that do; nothing when the call is refused."""
+    """For each statement that allows the call, the parts that do so; nothing if the call is refused."""
     grants = []
     for number, statement in enumerate(statements):
         actions = _matching(tuple(listed(statement["Action"])), call.action, re.IGNORECASE)
@@ -60,7 +60,7 @@ def granted_by(statements: list[dict[str, Any]], call: Call) -> list[set[Part]]:
 
 
 def neighbours(call: Call) -> list[Call]:
-    """Calls that differ in one point: in another region or account, for another resource, without a tag, with another.
+    """Calls that differ in one point: another region, account or resource, a missing tag or a different one.
 
     A part of a resource's name in angle brackets, `security-group/<id>`, stands for any: it is not changed.
     """
@@ -93,7 +93,7 @@ def _matching(patterns: tuple[str, ...], text: str, flags: re.RegexFlag = re.NOF
 
 
 def _holding(conditions: dict[str, dict[str, Any]], call: Call) -> list[tuple[str, Any]] | None:
-    """The values that make the conditions true, or None when one is false."""
+    """The values that make the conditions true, or None if one is false."""
     holding: list[tuple[str, Any]] = []
     for operator, keys in conditions.items():
         for key, wanted in keys.items():

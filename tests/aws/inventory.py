@@ -1,4 +1,4 @@
-"""Every resource of aws/template.yaml and every property that it may have: what is not here, the template must not say.
+"""Every resource of aws/template.yaml and every property that it may have; the template must have no other.
 
 The default of what it does not say is known to be right. So a name that is added here needs a test of its value.
 A `#` stands for the number of a zone. Documents (policies, tags) are compared whole, in test_aws.py.

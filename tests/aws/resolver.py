@@ -1,4 +1,4 @@
-"""What a CloudFormation template asks for, once its parameters have values: conditions decided, functions resolved.
+"""What a CloudFormation template creates for given parameters: with conditions decided and functions resolved.
 
 Nothing is created, so thousands of variations of a template can be looked at in a test run. Rules:
 
@@ -66,7 +66,7 @@ class Stack:
         return {name: item for name, item in self.resources.items() if types[name] == f"AWS::{kind}"}
 
     def _create(self, name: str) -> str:
-        """Resolve a resource after all that it refers to or depends on, unless that is done; return what Ref gives."""
+        """Resolve a resource after everything that it refers to or depends on, unless that is done; return its Ref."""
         for waiting in self._under_way:
             self.waits_for[waiting] |= {name, *self.waits_for.get(name, ())}
         if name not in self.resources:
@@ -158,7 +158,7 @@ class Stack:
 
 
 def listed(value: Any) -> list[Any]:
-    """Many fields take one value or a list of them."""
+    """The value as a list: many fields take one value or a list."""
     return value if isinstance(value, list) else [value]
 
 

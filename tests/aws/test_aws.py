@@ -1,4 +1,4 @@
-"""aws/template.yaml: linted, validated, and held against the architecture that it stands for. Nothing here reaches AWS.
+"""aws/template.yaml: linted, validated, and compared with the architecture. No test reaches AWS.
 
 cfn-lint and cloudformation-validate know what CloudFormation and the services accept; the latter also runs the rules
 of rules.guard. The tests with the fixture `stack` know what this project wants: they ask the resolved template
@@ -75,12 +75,12 @@ def _engine() -> validator.CompositeEngine:
 
 
 def lint_findings(text: str) -> list[str]:
-    """What cfn-lint says, warnings included, for both regions."""
+    """cfn-lint's findings, including warnings, for both regions."""
     return [str(match) for match in lint(text, config=ManualArgs(regions=REGIONS))]
 
 
 def validation_findings(text: str, instance_class: str = "", regions: list[str] = REGIONS) -> list[str]:
-    """What cloudformation-validate says from warnings on, the rules of aws/rules.guard included."""
+    """cloudformation-validate's findings from warnings up, including the rules in aws/rules.guard."""
     if not instance_class:
         instance_class = json.loads(text)["Parameters"]["DatabaseInstanceClass"]["Default"]
     findings = set()
@@ -127,7 +127,7 @@ def _named(name: str, *more: tuple[str, str]) -> list[dict[str, str]]:
 
 
 def test_linter_finds_nothing() -> None:
-    """cfn-lint finds nothing to say in either region."""
+    """cfn-lint has no finding in either region."""
     assert lint_findings(TEMPLATE.read_text()) == []
 
 
@@ -135,17 +135,17 @@ def test_linter_finds_nothing() -> None:
     "instance_class", json.loads(_template())["Parameters"]["DatabaseInstanceClass"]["AllowedValues"]
 )
 def test_validator_finds_nothing(instance_class: str) -> None:
-    """AWS's validator and the project's Guard rules find nothing to say in either region, for any database class."""
+    """AWS's validator and the project's Guard rules have no finding in either region, for any database class."""
     assert validation_findings(_template(), instance_class) == []
 
 
 def test_template_needs_no_bucket() -> None:
-    """`aws cloudformation deploy` takes the file as it is: it refuses more than 51,200 bytes without an S3 bucket."""
+    """`aws cloudformation deploy` accepts the file: beyond 51,200 bytes it would need an S3 bucket."""
     assert len(TEMPLATE.read_bytes()) <= 51_200
 
 
 def test_nothing_is_there_that_nobody_looked_at(stack: Stack) -> None:
-    """The stack has the resources of the inventory with the properties that stand there, and nothing else."""
+    """The stack has the inventory's resources with the inventory's properties, and nothing else."""
     gateways = [1] if stack.parameters["SingleNatGateway"] == "true" else _zones(stack)
     expected = {}
     for name, entry in inventory().items():
@@ -160,7 +160,7 @@ def test_nothing_is_there_that_nobody_looked_at(stack: Stack) -> None:
 
 
 def test_parameters_have_safe_defaults(stack: Stack) -> None:
-    """Only the networks of the administrators have to be given; all else defaults to what production wants."""
+    """Only the administrators' networks are required; every other parameter has a default for production."""
     parameters = stack.template["Parameters"]
     assert {name: parameter.get("Default") for name, parameter in parameters.items()} == {
         "PublicAccessCidrs": None,
@@ -181,7 +181,7 @@ def test_parameters_have_safe_defaults(stack: Stack) -> None:
 
 
 def test_choices_are_those_that_were_looked_at(stack: Stack) -> None:
-    """A person can choose what is known to work, and nothing else."""
+    """The choices are those known to work, and no others."""
     parameters = stack.template["Parameters"]
     choices = {name: item["AllowedValues"] for name, item in parameters.items() if "AllowedValues" in item}
     assert choices == {
@@ -222,7 +222,7 @@ REFUSED = {
 
 
 def test_parameters_refuse_what_cannot_work(stack: Stack) -> None:
-    """A value that would open the cluster or cannot become a stack is refused before anything is made."""
+    """A value that would open the cluster or cannot become a stack is refused before anything is created."""
     assert REFUSED.keys() == stack.template["Parameters"].keys()
     for name, values in REFUSED.items():
         for value in values:
@@ -231,7 +231,7 @@ def test_parameters_refuse_what_cannot_work(stack: Stack) -> None:
 
 
 def test_outputs_are_what_the_next_commands_take(stack: Stack) -> None:
-    """The outputs name the cluster, the network and the registry as they are."""
+    """The outputs name the cluster, the network and the registry as the commands expect."""
     platform = "linux/arm64" if "g." in stack.parameters["NodeInstanceType"] else "linux/amd64"
     assert stack.outputs == {
         "ClusterName": STACK,
@@ -246,7 +246,7 @@ def test_outputs_are_what_the_next_commands_take(stack: Stack) -> None:
 
 
 def test_subnets_cover_the_zones(stack: Stack) -> None:
-    """Each zone, those that were named if any, has one public and one private subnet of the VPC."""
+    """Each zone, of the named ones if any, has one public and one private subnet of the VPC."""
     zones = [zone for zone in stack.parameters["Zones"] if zone] or [stack.region + letter for letter in "abc"]
     for kind in ("PublicSubnet", "PrivateSubnet"):
         for number in _zones(stack):
@@ -255,7 +255,7 @@ def test_subnets_cover_the_zones(stack: Stack) -> None:
 
 
 def test_subnets_are_large_and_apart(stack: Stack) -> None:
-    """A private subnet has room for thousands of pods, no two subnets overlap, and half of the VPC is left free."""
+    """A private subnet has room for thousands of pods, subnets do not overlap, and half of the VPC stays free."""
     assert stack.resources["Vpc"]["CidrBlock"] == stack.parameters["VpcCidr"]
     ranges = [str(network) for network in ipaddress.ip_network(stack.parameters["VpcCidr"]).subnets(new_prefix=20)]
     for number in _zones(stack):
@@ -264,7 +264,7 @@ def test_subnets_are_large_and_apart(stack: Stack) -> None:
 
 
 def test_load_balancers_find_their_subnets(stack: Stack) -> None:
-    """Public subnets are tagged for load balancers that face the Internet, private ones for internal load balancers."""
+    """Public subnets are tagged for load balancers on the Internet, private ones for internal load balancers."""
     for number in _zones(stack):
         public, private = (stack.resources[f"{kind}Subnet{number}"]["Tags"] for kind in ("Public", "Private"))
         assert public == _named(f"{STACK}-public-{number}", ("kubernetes.io/role/elb", "1"))
@@ -272,12 +272,12 @@ def test_load_balancers_find_their_subnets(stack: Stack) -> None:
 
 
 def test_no_machine_gets_a_public_address(stack: Stack) -> None:
-    """No subnet gives an address of the Internet to what starts in it."""
+    """No subnet gives its machines a public address."""
     assert not any(subnet["MapPublicIpOnLaunch"] for subnet in stack.of_type("EC2::Subnet").values())
 
 
 def test_each_zone_leaves_through_its_own_gateway(stack: Stack) -> None:
-    """Private subnets reach the Internet through a NAT gateway of their zone, or the single one if asked for."""
+    """Private subnets reach the Internet through their zone's NAT gateway, or the single one if asked for."""
     single = stack.parameters["SingleNatGateway"] == "true"
     everywhere = {"DestinationCidrBlock": "0.0.0.0/0"}
     public = {"RouteTableId": "PublicRouteTable"}
@@ -305,13 +305,13 @@ def test_internet_gateway_is_attached_first(stack: Stack) -> None:
 
 
 def test_names_resolve_inside_the_vpc(stack: Stack) -> None:
-    """DNS support and host names are on, without which private endpoints do not resolve."""
+    """DNS support and host names are on; without them, private endpoints do not resolve."""
     vpc = stack.resources["Vpc"]
     assert (vpc["EnableDnsSupport"], vpc["EnableDnsHostnames"]) == (True, True)
 
 
 def test_image_layers_avoid_the_nat_gateways(stack: Stack) -> None:
-    """Every private subnet has the free way to S3, where ECR keeps images."""
+    """Every private subnet has the free route to S3, where ECR keeps images."""
     assert stack.resources["S3Endpoint"] == {
         "VpcEndpointType": "Gateway",
         "VpcId": "Vpc",
@@ -321,7 +321,7 @@ def test_image_layers_avoid_the_nat_gateways(stack: Stack) -> None:
 
 
 def test_traffic_is_logged(stack: Stack) -> None:
-    """All traffic of the VPC is logged."""
+    """All traffic in the VPC is logged."""
     assert stack.resources["FlowLog"] == {
         "ResourceType": "VPC",
         "ResourceId": "Vpc",
@@ -334,7 +334,7 @@ def test_traffic_is_logged(stack: Stack) -> None:
 
 
 def test_logs_end(stack: Stack) -> None:
-    """Each log is in a group that forgets, which the stack makes first, under the name that the service looks for."""
+    """Each log is in a group with limited retention, created first, under the name that the service uses."""
     groups = stack.of_type("Logs::LogGroup")
     assert {name: group.get("LogGroupName") for name, group in groups.items()} == {
         "FlowLogGroup": None,
@@ -348,7 +348,7 @@ def test_logs_end(stack: Stack) -> None:
 
 
 def test_names_are_consistent(stack: Stack) -> None:
-    """Whatever shows a name in the console has the stack's, and no two of a kind share one."""
+    """Every name in the console begins with the stack's, and no two of a kind are equal."""
     numbered = {"PublicSubnet": "public-", "PrivateSubnet": "private-", "NatAddress": "nat-", "NatGateway": ""}
     numbered |= {"PrivateRouteTable": "private-"}
     single = {"PublicRouteTable": "-public", "DatabaseSecurityGroup": "-database"}
@@ -365,25 +365,25 @@ def test_names_are_consistent(stack: Stack) -> None:
 
 
 def test_cluster_is_private_inside_and_limited_outside(stack: Stack) -> None:
-    """Nodes reach the control plane inside the VPC; from outside only the networks that were named do."""
+    """Nodes reach the control plane inside the VPC; from outside, only the given networks do."""
     network = stack.resources["Cluster"]["ResourcesVpcConfig"]
     assert (network["EndpointPrivateAccess"], network["EndpointPublicAccess"]) == (True, True)
     assert network["PublicAccessCidrs"] == stack.parameters["PublicAccessCidrs"]
 
 
 def test_a_third_zone_can_join_later(stack: Stack) -> None:
-    """The control plane has two zones whatever the number of zones: EKS refuses to change them."""
+    """The control plane has two zones, whatever the number of zones: EKS refuses to change them."""
     assert stack.resources["Cluster"]["ResourcesVpcConfig"]["SubnetIds"] == ["PrivateSubnet1", "PrivateSubnet2"]
 
 
 def test_cluster_access_is_by_entries_only(stack: Stack) -> None:
-    """Access is decided by EKS access entries alone, and whoever makes the stack can use the cluster."""
+    """Only EKS access entries grant access, and the stack's creator can use the cluster."""
     access = {"AuthenticationMode": "API", "BootstrapClusterCreatorAdminPermissions": True}
     assert stack.resources["Cluster"]["AccessConfig"] == access
 
 
 def test_cluster_encrypts_secrets_with_a_rotating_key(stack: Stack) -> None:
-    """Kubernetes Secrets are encrypted with a key of the stack, which only this account's IAM gives access to."""
+    """A key of the stack encrypts Kubernetes Secrets; only this account's IAM grants access to it."""
     (encryption,) = stack.resources["Cluster"]["EncryptionConfig"]
     assert encryption == {"Provider": {"KeyArn": "ClusterKey.Arn"}, "Resources": ["secrets"]}
     key = stack.resources["ClusterKey"]
@@ -401,7 +401,7 @@ def test_cluster_logs_are_complete(stack: Stack) -> None:
 
 
 def test_cluster_has_the_version_asked_for(stack: Stack) -> None:
-    """The control plane runs the version asked for, and never grows into extended support."""
+    """The control plane runs the requested version, and never enters extended support."""
     cluster = stack.resources["Cluster"]
     assert cluster["Name"] == STACK
     assert cluster["Version"] == stack.parameters["KubernetesVersion"]
@@ -410,7 +410,7 @@ def test_cluster_has_the_version_asked_for(stack: Stack) -> None:
 
 
 def test_nodes_are_private_and_in_every_zone(stack: Stack) -> None:
-    """Nodes live in all private subnets and nowhere else, one for each zone, and are replaced one at a time."""
+    """Nodes run in all private subnets and nowhere else, one per zone, and are replaced one at a time."""
     nodes, zones = stack.resources["Nodes"], stack.parameters["ZoneCount"]
     assert nodes["ClusterName"] == STACK
     assert nodes["Subnets"] == _numbered("PrivateSubnet", _zones(stack))
@@ -419,7 +419,7 @@ def test_nodes_are_private_and_in_every_zone(stack: Stack) -> None:
 
 
 def test_every_instance_type_fits_its_machine_image(stack: Stack) -> None:
-    """Whatever instance type is chosen, nodes boot an image for its processor, and the output says what to build."""
+    """With any instance type, nodes boot an image for its processor, and the output says what to build."""
     types = {
         "m7i.large": ("AL2023_x86_64_STANDARD", "linux/amd64"),
         "t3.medium": ("AL2023_x86_64_STANDARD", "linux/amd64"),
@@ -434,7 +434,7 @@ def test_every_instance_type_fits_its_machine_image(stack: Stack) -> None:
 
 
 def test_nodes_hide_their_role_from_pods(stack: Stack) -> None:
-    """A pod cannot ask the metadata service for the node's credentials; disks are encrypted and go with the node."""
+    """The metadata service gives pods no node credentials; disks are encrypted and deleted with the node."""
     latest = {"Id": "NodeLaunchTemplate", "Version": "NodeLaunchTemplate.LatestVersionNumber"}
     assert stack.resources["Nodes"]["LaunchTemplate"] == latest
     launch = stack.resources["NodeLaunchTemplate"]["LaunchTemplateData"]
@@ -450,7 +450,7 @@ def test_nodes_hide_their_role_from_pods(stack: Stack) -> None:
 
 
 def test_addons_come_in_an_order_that_works(stack: Stack) -> None:
-    """All five add-ons are there; those that make nodes ready come before them, those that need nodes after."""
+    """All five add-ons exist; those that make nodes ready come before them, those that need nodes after."""
     assert stack.resources["Cluster"]["BootstrapSelfManagedAddons"] is False  # nothing but these brings a network
     addons = stack.of_type("EKS::Addon")
     assert {addon["ClusterName"] for addon in addons.values()} == {STACK}
@@ -463,7 +463,7 @@ def test_addons_come_in_an_order_that_works(stack: Stack) -> None:
 
 
 def test_network_policies_are_enforced(stack: Stack) -> None:
-    """The network add-on enforces NetworkPolicies, which it does not by default."""
+    """The network add-on enforces NetworkPolicies, which is not its default."""
     assert json.loads(stack.resources["NetworkAddon"]["ConfigurationValues"]) == {"enableNetworkPolicy": "true"}
 
 
@@ -471,7 +471,7 @@ def test_network_policies_are_enforced(stack: Stack) -> None:
 
 
 def _trust(service: str, action: Any = "sts:AssumeRole", condition: dict[str, str] | None = None) -> Any:
-    """The whole trust policy of a role that one service may take, and nobody else."""
+    """The whole trust policy of a role that only one service may assume."""
     statement = {"Effect": "Allow", "Principal": {"Service": f"{service}.amazonaws.com"}, "Action": action}
     if condition:
         statement["Condition"] = {"StringEquals": condition}
@@ -479,14 +479,14 @@ def _trust(service: str, action: Any = "sts:AssumeRole", condition: dict[str, st
 
 
 def _pod_trust(account: str) -> Any:
-    """The trust policy of a role that Pod Identity gives to one service account of this cluster."""
+    """The trust policy of a role that Pod Identity gives to one service account in this cluster."""
     tags = {"eks-cluster-name": STACK, "kubernetes-namespace": "kube-system", "kubernetes-service-account": account}
     condition = {f"aws:RequestTag/{key}": value for key, value in tags.items()}
     return _trust("pods.eks", ["sts:AssumeRole", "sts:TagSession"], condition)
 
 
 def test_each_role_is_taken_by_its_owner_alone(stack: Stack) -> None:
-    """Each role trusts one service, on behalf of one program if it is for pods, and has AWS's policies for its job."""
+    """Each role trusts one service, for one program if it is for pods, and has AWS's policies for its job."""
     arn = "arn:aws:iam::aws:policy/"
     nodes = [f"{arn}AmazonEKSWorkerNodePolicy", f"{arn}AmazonEC2ContainerRegistryPullOnly"]
     expected = {
@@ -611,7 +611,7 @@ CALLS: dict[str, list[Call]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a role's policy does with its calls."""
+    """What a role's policy decides about its calls."""
 
     refused: list[Call]  # that have to be allowed
     allowed: list[Call]  # that differ from those in one point
@@ -645,17 +645,17 @@ def _judgements(stack: Stack) -> list[Judgement]:
 
 
 def test_roles_may_do_their_work(stack: Stack) -> None:
-    """Every call that a program has to make is allowed."""
+    """Every call that a program must make is allowed."""
     assert [judgement.refused for judgement in _judgements(stack)] == [[], []]
 
 
 def test_roles_may_do_nothing_beside_it(stack: Stack) -> None:
-    """A call like those, but for something else, in another region or account or without the tag, is refused."""
+    """A similar call for something else, in another region or account, or without the tag, is refused."""
     assert [judgement.allowed for judgement in _judgements(stack)] == [[], []]
 
 
 def test_policies_say_nothing_without_need(stack: Stack) -> None:
-    """Each statement, action, resource and condition is what allows one of the calls, so no policy allows more."""
+    """Each statement, action, resource and condition allows one of the calls, so no policy allows more."""
     assert [judgement.needless for judgement in _judgements(stack)] == [set(), set()]
 
 
@@ -663,7 +663,7 @@ def test_policies_say_nothing_without_need(stack: Stack) -> None:
 
 
 def test_database_is_reached_from_the_cluster_only(stack: Stack) -> None:
-    """The one way to the database is port 5432 from the security group of the cluster; it reaches nobody itself."""
+    """The only way to the database is port 5432 from the cluster's security group; it can reach nothing itself."""
     assert stack.resources["Database"]["VPCSecurityGroups"] == ["DatabaseSecurityGroup.GroupId"]
     assert stack.resources["Database"]["Port"] == "5432"
     group = stack.resources["DatabaseSecurityGroup"]
@@ -678,7 +678,7 @@ def test_database_is_reached_from_the_cluster_only(stack: Stack) -> None:
 
 
 def test_database_is_in_private_subnets(stack: Stack) -> None:
-    """The database has no public address and lies in the private subnets of all zones."""
+    """The database has no public address, and is in the private subnets of all zones."""
     database = stack.resources["Database"]
     assert database["PubliclyAccessible"] is False
     assert database["DBSubnetGroupName"] == "DatabaseSubnets"
@@ -686,7 +686,7 @@ def test_database_is_in_private_subnets(stack: Stack) -> None:
 
 
 def test_database_is_postgresql_15(stack: Stack) -> None:
-    """The engine is PostgreSQL 15 with the database that the services expect; no major version comes by itself."""
+    """The engine is PostgreSQL 15 with the services' database; major versions are never upgraded automatically."""
     database = stack.resources["Database"]
     assert database["Engine"] == "postgres"
     assert (15, 19) <= tuple(int(number) for number in database["EngineVersion"].split(".")) < (16,)
@@ -704,24 +704,24 @@ def test_database_speaks_tls_only(stack: Stack) -> None:
 
 
 def test_database_can_be_restored_from_a_snapshot(stack: Stack) -> None:
-    """A new stack starts with an empty database of the right name, or with what is in a snapshot."""
+    """A new stack starts with an empty database of the right name, or with a snapshot's contents."""
     database, snapshot = stack.resources["Database"], stack.parameters["DatabaseSnapshot"]
     assert database.get("DBSnapshotIdentifier") == (snapshot or None)
     assert database.get("DBName") == (None if snapshot else "mydb")
 
 
 def test_database_has_a_standby_unless_turned_off(stack: Stack) -> None:
-    """A standby in a second zone takes over, and it is there unless a test stack asks for none."""
+    """A standby in a second zone takes over, unless a test stack asks for none."""
     assert stack.resources["Database"]["MultiAZ"] == stack.parameters["DatabaseMultiAz"]
 
 
 def test_owners_password_is_made_and_kept_by_rds(stack: Stack) -> None:
-    """The owner's password is in Secrets Manager, where RDS rotates it; template and parameters never see it."""
+    """The owner's password is in Secrets Manager, where RDS rotates it; no template or parameter has it."""
     assert stack.resources["Database"]["ManageMasterUserPassword"] is True
 
 
 def test_database_outlives_the_stack(stack: Stack) -> None:
-    """It is encrypted; deletion is refused until protection is taken off, then leaves a snapshot and the backups."""
+    """It is encrypted; deletion is refused until protection is off, and then leaves a snapshot and the backups."""
     database = stack.resources["Database"]
     assert database["DBInstanceIdentifier"] == STACK  # CloudFormation replaces nothing that has a name of its own
     wanted = {
@@ -746,7 +746,7 @@ def test_database_grows_by_itself(stack: Stack) -> None:
 
 
 def test_database_can_be_looked_into(stack: Stack) -> None:
-    """Logs go to CloudWatch and Performance Insights keeps its free week."""
+    """Logs go to CloudWatch, and Performance Insights keeps its free week."""
     database = stack.resources["Database"]
     assert database["EnableCloudwatchLogsExports"] == ["postgresql", "upgrade"]
     assert (database["EnablePerformanceInsights"], database["PerformanceInsightsRetentionPeriod"]) == (True, 7)
@@ -756,14 +756,14 @@ def test_database_can_be_looked_into(stack: Stack) -> None:
 
 
 def test_registry_scans_and_never_changes_an_image(stack: Stack) -> None:
-    """Images are scanned on push, a tag never moves, and none of them stops the stack's deletion."""
+    """Images are scanned on push, tags are immutable, and images do not block the stack's deletion."""
     repository = stack.resources["Repository"]
     assert repository["ImageScanningConfiguration"] == {"ScanOnPush": True}
     assert (repository["ImageTagMutability"], repository["EmptyOnDelete"]) == ("IMMUTABLE", True)
 
 
 def test_registry_keeps_enough_images_to_roll_back_to(stack: Stack) -> None:
-    """The last 50 images stay; those without a tag go after a week."""
+    """The last 50 images stay; untagged ones are deleted after a week."""
     rules = json.loads(stack.resources["Repository"]["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
     assert [(rule["rulePriority"], rule["selection"], rule["action"]) for rule in rules] == [
         (
@@ -785,7 +785,7 @@ def _architecture_tests() -> Iterator[Callable[[Stack], None]]:
 
 
 def architecture_finding(template: dict[str, Any]) -> str | None:
-    """The first test of the architecture that fails for a template, or why CloudFormation would refuse it."""
+    """The first architecture test that fails for a template, or CloudFormation's reason to refuse it."""
     for variant in VARIANTS.values():
         try:
             stack = Stack(template, {**REQUIRED, **variant}, REGIONS[0])
@@ -828,7 +828,7 @@ RULE_FAULTS: dict[str, tuple[str, Any]] = {
 
 
 def test_every_guard_rule_fires() -> None:
-    """Each rule of aws/rules.guard refuses the template once the fault is in that it is there for."""
+    """Each rule in aws/rules.guard refuses a template with its fault."""
     assert set(re.findall(r"^rule (\w+)", RULES.read_text(), re.MULTILINE)) == set(RULE_FAULTS)
     for rule, (path, value) in RULE_FAULTS.items():
         template = json.loads(_template())

@@ -66,20 +66,20 @@ print(next((answer for asked, answer in {ANSWERS!r}.items() if re.search(asked, 
 
 @dataclass(frozen=True)
 class Command:
-    """One call of a program: its words, and what it was given on standard input."""
+    """One call of a program: its words, and its standard input."""
 
     words: list[str]
     given: str
 
     def option(self, name: str) -> list[str]:
-        """The values of an option that may stand several times, as `--name=value` or `--name value`."""
+        """The values of a repeatable option, as `--name=value` or `--name value`."""
         joined = [word.partition("=")[2] for word in self.words if word.startswith(f"{name}=")]
         return joined + [value for key, value in zip(self.words, self.words[1:], strict=False) if key == name]
 
 
 @pytest.fixture(scope="module", params=PAGES)
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Command]:
-    """The commands of a page, after they have run."""
+    """A page's commands, after they have run."""
     folder, programs = tmp_path_factory.mktemp("page"), tmp_path_factory.mktemp("programs")
     for name in STAND_INS:
         (programs / name).write_text(STAND_IN)
@@ -109,7 +109,7 @@ KINDS = {"secret": ("Secret", "stringData"), "configmap": ("ConfigMap", "data"),
 
 
 def test_each_pod_finds_what_it_needs(page: list[Command], tmp_path: Path) -> None:
-    """Nothing is created twice or used before it is there, and what the page creates is what k8s.yaml reads."""
+    """Nothing is created twice or used before it exists, and the page creates what k8s.yaml reads."""
     namespaces: list[str] = []
     objects: dict[tuple[str, str, str], Object] = {}
     for command in page:
@@ -138,7 +138,7 @@ def test_each_pod_finds_what_it_needs(page: list[Command], tmp_path: Path) -> No
 
 
 def check_pods(manifest: Manifest, folder: Path) -> None:
-    """Each container of the message service starts: with the owner's password where it needs it, and nowhere else."""
+    """Each container of the message service starts: with the owner's password if it needs it, else without."""
     pod = manifest.pod("message-service")
     secrets = {item["metadata"]["name"] for item in manifest.of_kind("Secret")}
     authorities = [item for item in manifest.of_kind("ConfigMap") if item["metadata"]["name"] == "database-ca"]
@@ -158,7 +158,7 @@ def image(page: list[Command]) -> str:
 
 
 def test_what_is_asked_for_exists(page: list[Command]) -> None:
-    """Deployments, Services, labels and paths on the page are those of k8s.yaml and of the trial database."""
+    """The page's Deployments, Services, labels and paths are those of k8s.yaml and of the trial database."""
     manifest = Manifest.read(ROOT / "k8s.yaml")
     known = {f"{item['kind']}/{item['metadata']['name']}".lower() for item in manifest.objects}
     labels = {"=".join(label) for name in SERVICES for label in manifest.pod(name)["metadata"]["labels"].items()}
@@ -169,7 +169,7 @@ def test_what_is_asked_for_exists(page: list[Command]) -> None:
 
 
 def test_stack_is_the_templates() -> None:
-    """Parameters, outputs and names on the page are those of the template, and each value is one that it takes."""
+    """The page's parameters, outputs and names are the template's, and the template accepts each value."""
     text = (ROOT / "docs/aws.md").read_text()
     template = json.loads(json.dumps(cfn_yaml.load(str(ROOT / "aws/template.yaml"))))
     required = {"PublicAccessCidrs": "203.0.113.7/32"}
@@ -193,7 +193,7 @@ CUSTOM = {
 
 
 def test_aws_understands_its_commands(page: list[Command]) -> None:
-    """Each call of `aws` names an operation that exists, with options that it has, and all that it requires."""
+    """Each `aws` command has an existing operation, existing options, and all the required ones."""
     session = botocore.session.get_session()
     for command in (item.words for item in page if item.words[0] == "aws"):
         service, operation, *rest = command[1:]
@@ -219,7 +219,7 @@ def test_aws_understands_its_commands(page: list[Command]) -> None:
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")
 def test_kubectl_understands_its_commands(page: list[Command], tmp_path: Path) -> None:
-    """kubectl takes each of its commands, up to the point where it looks for a cluster."""
+    """kubectl accepts each command, up to the point where it looks for a cluster."""
     shutil.copy(ROOT / "k8s.yaml", tmp_path)
     for name in ("ca.pem", "rds.pem"):
         (tmp_path / name).write_text("certificates")

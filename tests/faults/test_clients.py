@@ -1,4 +1,4 @@
-"""Clients that hold connections, feed them drop by drop, or do not read what they asked for."""
+"""Clients that hold connections, send byte by byte, or do not read their answers."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ def row(fault: str, sees: str) -> pytest.MarkDecorator:
 
 @contextlib.asynccontextmanager
 async def many(url: str, count: int) -> AsyncIterator[list[Connection]]:
-    """So many connections, some at a time."""
+    """Open this many connections, some at a time."""
     async with contextlib.AsyncExitStack() as stack:
         connections: list[Connection] = []
         while len(connections) < count:
@@ -35,7 +35,7 @@ async def many(url: str, count: int) -> AsyncIterator[list[Connection]]:
 
 
 async def closed(client: Connection) -> bool:
-    """Whether the server has closed it; what it said before is thrown away."""
+    """Whether the server has closed it; earlier output is discarded."""
     with contextlib.suppress(ConnectionError):
         while not client.reader.at_eof():
             try:
@@ -49,7 +49,7 @@ async def closed(client: Connection) -> bool:
 @pytest.mark.matrix
 @row("10,000 idle connections", "200")
 async def test_ten_thousand_idle_connections(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
-    """Others are answered meanwhile, and nothing is left when they have gone."""
+    """Other clients are answered meanwhile, and nothing is left when these have gone."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 10_300:
         pytest.skip("needs a hard limit of 10,300 open files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (10_300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -75,7 +75,7 @@ async def test_ten_thousand_idle_connections(observed: StartObserved, make_peer:
 async def test_idle_connections_keep_nobody_out(
     observed: StartObserved, system: System, note: RowOf, name: str
 ) -> None:
-    """Each newcomer is answered, with what has to be fetched over a new connection; one line tells why."""
+    """Each newcomer is answered, even if this needs a new connection to the next part; one log line says why."""
     settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
     server = await observed(name, wrapper=["prlimit", "--nofile=64:64"], **settings)
     path = {"gateway": "/api/string", "message_service": "/api/message"}[name]
@@ -95,7 +95,7 @@ async def test_idle_connections_keep_nobody_out(
 
 @row("1,100 idle connections to the message service, and no database", "503, not 504")
 async def test_idle_connections_and_no_database(observed: StartObserved, database: Database, note: RowOf) -> None:
-    """That the database refuses is told at once, however many others hold connections."""
+    """The database's refusal is reported at once, however many connections other clients hold."""
     with reserve_port() as refuses:
         settings = {**database.settings(), "DB_HOST": "127.0.0.1", "DB_PORT": refuses.getsockname()[1]}
         service = await observed("message_service", wrapper=["prlimit", "--nofile=4096:4096"], **settings)
@@ -106,9 +106,9 @@ async def test_idle_connections_and_no_database(observed: StartObserved, databas
 
 
 @pytest.mark.matrix
-@row("all open files taken by requests under way (`ulimit -n 64`)", "a close for whom there is no room")
+@row("all open files taken by requests in flight (`ulimit -n 64`)", "a close for those without room")
 async def test_too_many_requests_at_once(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
-    """Who was there first is answered; room is there again as soon as one of them has left."""
+    """Earlier requests are answered; there is room again as soon as one of their clients has left."""
 
     async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -142,9 +142,9 @@ async def answers(url: str) -> bool:
 
 @pytest.mark.matrix
 @BOTH
-@row("1,000 feed their header byte by byte", "200 for others; a close when idle for too long")
+@row("1,000 send their header byte by byte", "200 for others; a close when idle for too long")
 async def test_dripping_headers(observed: StartObserved, note: RowOf, name: str) -> None:
-    """First requests and later ones: none of them prolongs its time by another byte."""
+    """In first requests and later ones: another byte never extends the time."""
     server = await observed(name, "server.KEEPALIVE_TIMEOUT = 3", DB_HOST="127.0.0.1", DB_PORT=1)
     before = await footprint(server)
     async with many(server.url, 1000) as clients:
@@ -174,9 +174,9 @@ async def only_mine(url: str, tasks: int) -> bool:
 
 @pytest.mark.matrix
 @BOTH
-@row("200 feed their body byte by byte", "200 at once; a close after a second")
+@row("200 send their body byte by byte", "200 at once; a close after a second")
 async def test_dripping_bodies(observed: StartObserved, note: RowOf, name: str) -> None:
-    """Nobody waits for a body that nobody reads."""
+    """The server does not wait for a body that it does not read."""
     server = await observed(name, DB_HOST="127.0.0.1", DB_PORT=1)
     before = await footprint(server)
     async with many(server.url, 200) as clients:
@@ -204,7 +204,7 @@ async def test_dripping_bodies(observed: StartObserved, note: RowOf, name: str) 
 @pytest.mark.matrix
 @row("pipeline without reading the answers (10 of them)", "a reset after `SEND_TIMEOUT`")
 async def test_a_client_that_does_not_read(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
-    """What it does not read is memory, so it is not kept for long, nor much of it."""
+    """Unread answers occupy memory, so they are kept neither for long nor in large amounts."""
     peer = await make_peer(response('{"message": "%s"}' % ("x" * 900_000)), keep_alive=True)
     gateway = await observed("gateway", "server.SEND_TIMEOUT = 2", DOWNSTREAM_URL=peer.url)
     assert (await get(gateway.url + "/api/string")).status == 200

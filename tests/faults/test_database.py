@@ -24,7 +24,7 @@ TITLES = {
     "killed": "every process SIGKILLed, then crash recovery",
     "frozen": "every process SIGSTOPped, then SIGCONT",
     "login_refused": "login refused",
-    "database_missing": "database dropped and made again",
+    "database_missing": "database dropped and recreated",
     "table_missing": "table renamed away and back",
     "table_empty": "table empty",
     "table_locked": "table locked exclusively",
@@ -44,7 +44,7 @@ def row(fault: str, sees: str) -> pytest.MarkDecorator:
     ],
 )
 async def test_outage_under_load(chain: Chain, cluster: Cluster, fault: Fault, status: int) -> None:
-    """Each client that asks meanwhile gets the clear answer in time, and a good one within a second after."""
+    """Each request meanwhile gets the clear answer in time, and a good one within a second after."""
     others = {503, 504} if status != 404 else {503}  # what was under way when it began, or while it ended
     async with chain.endures(status, *others) as clients:
         breaking = fault(cluster)
@@ -61,7 +61,7 @@ async def test_outage_under_load(chain: Chain, cluster: Cluster, fault: Fault, s
     ],
 )
 async def test_restart_under_load(chain: Chain, cluster: Cluster, mode: str) -> None:
-    """Who asks while it is away gets 503."""
+    """Requests while it is away get 503."""
     async with chain.endures(503):
         await asyncio.to_thread(cluster.restart, mode)
 
@@ -96,7 +96,7 @@ def rewrite_the_table(database: Database) -> None:
     [
         pytest.param(terminate_one_by_one, [503], marks=row("backends terminated one by one", "200, a few 503")),
         pytest.param(terminate_all, [503], marks=row("all backends terminated, 20 times", "200, a few 503")),
-        pytest.param(make_the_table_again, [503], marks=row("table made again (new oid), 20 times", "200, a few 503")),
+        pytest.param(make_the_table_again, [503], marks=row("table recreated (new oid), 20 times", "200, a few 503")),
         pytest.param(alter_the_column, [503], marks=row("column altered, 20 times", "200, a few 503")),
         pytest.param(rewrite_the_table, [], marks=row("table rewritten (VACUUM FULL)", "200")),
     ],
@@ -104,15 +104,15 @@ def rewrite_the_table(database: Database) -> None:
 async def test_changes_under_load(
     chain: Chain, cluster: Cluster, change: Callable[[Database], None], statuses: list[int]
 ) -> None:
-    """At most the requests that were under way at that moment are told 503."""
+    """At most the requests in flight at that moment get 503."""
     async with chain.endures(*statuses) as clients:
         await asyncio.to_thread(change, cluster.database())
         await clients.see(200)
 
 
-@row("row changed 200 times while it is read", "200, the old or the new text, whole")
+@row("row changed 200 times while it is read", "200, the old or the new text, never a mix")
 async def test_a_row_that_changes(chain: Chain, cluster: Cluster) -> None:
-    """Nobody sees an error."""
+    """No client sees an error."""
 
     def write() -> None:
         for number in range(200):
@@ -133,7 +133,7 @@ BROKEN_READS = {
     "name", [pytest.param(name, marks=row(title, str(status))) for name, (title, _, status) in BROKEN_READS.items()]
 )
 async def test_a_read_that_fails(chain: Chain, cluster: Cluster, name: str) -> None:
-    """Whatever the table turns into, the answer is clear and in time."""
+    """Whatever becomes of the table, the answer is clear and in time."""
     database = cluster.database()
     _, body, status = BROKEN_READS[name]
     column = "1" if name == "bad_type" else "broken()"
@@ -150,7 +150,7 @@ async def test_a_read_that_fails(chain: Chain, cluster: Cluster, name: str) -> N
 
 @row("becomes a read-only standby", "503 while it restarts")
 async def test_a_read_only_standby(chain: Chain, cluster: Cluster) -> None:
-    """Reading is all that is needed."""
+    """Reading is enough."""
     signal = cluster.data / "standby.signal"
 
     def become_standby() -> None:
@@ -174,7 +174,7 @@ async def says_garbage(_: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def endless_error(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """PostgreSQL's message E with a length that never comes to its end."""
+    """A PostgreSQL error message whose length never ends."""
     writer.write(b"E\x3f\xff\xff\xff")
     while True:
         writer.write(b"SFATAL" * 10_000)
@@ -184,9 +184,9 @@ async def endless_error(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 @pytest.mark.parametrize(
     ("script", "status"),
     [
-        pytest.param(says_nothing, 504, marks=row("accepts and says nothing", "504")),
-        pytest.param(says_garbage, 503, marks=row("says garbage", "503")),
-        pytest.param(endless_error, 503, marks=row("says an endless error", "503")),
+        pytest.param(says_nothing, 504, marks=row("accepts connections, never answers", "504")),
+        pytest.param(says_garbage, 503, marks=row("sends garbage", "503")),
+        pytest.param(endless_error, 503, marks=row("sends an endless error", "503")),
     ],
 )
 async def test_another_server_on_its_port(
@@ -196,7 +196,7 @@ async def test_another_server_on_its_port(
     script: Script,
     status: int,
 ) -> None:
-    """As when an address was given to somebody else."""
+    """As when its address has been given to another server."""
     proxy = await make_proxy(cluster.port)
     chain = await make_chain(**cluster.database().settings(DB_PORT=proxy.port))
     connected: set[asyncio.StreamWriter] = set()
@@ -222,7 +222,7 @@ async def test_another_server_on_its_port(
 async def test_a_half_open_connection(
     own_network: Callable[..., None], cluster: Cluster, make_chain: MakeChain
 ) -> None:
-    """Once packets pass, nobody waits for TCP's next repeat, or for a dead connection, however long the time limits."""
+    """Once packets pass, no request waits for a TCP retransmission or a dead connection, whatever the limits."""
     chain = await make_chain(**cluster.database().settings(), DB_TIMEOUT=8, DOWNSTREAM_TIMEOUT=9)
     drop = [("INPUT", "-p", "tcp", f"--{side}", str(cluster.port), "-j", "DROP") for side in ("sport", "dport")]
     async with chain.endures(503, 504) as clients:
@@ -236,7 +236,7 @@ async def test_a_half_open_connection(
 
 @row("`max_connections` used up by others", "503")
 async def test_no_connection_left(make_cluster: MakeCluster, make_chain: MakeChain) -> None:
-    """Until somebody else leaves."""
+    """Until another client disconnects."""
     cluster = make_cluster(max_connections="16")
     chain = await make_chain(**cluster.database().settings())
     others = cluster.database("postgres")
@@ -266,7 +266,7 @@ HBA = "pg_hba.conf"
 
 @row("TLS required", "503")
 async def test_tls_required(chain: Chain, cluster: Cluster) -> None:
-    """Of clients that do not speak it."""
+    """For clients that do not use it."""
     file = cluster.data / HBA
     before = file.read_text()
     database = cluster.database()
@@ -280,13 +280,13 @@ async def test_tls_required(chain: Chain, cluster: Cluster) -> None:
 
 
 def gone(database: Database) -> bool:
-    """Whether no connection to the database is left, after all were ended."""
+    """Whether all connections to the database have gone, after they were ended."""
     database.terminate_backends()
     return not database.backends()
 
 
 class TLS:
-    """Speaks TLS as PostgreSQL does (SSLRequest, one byte back) and passes on what it reads, or refuses TLS."""
+    """Speaks TLS as PostgreSQL does (SSLRequest, one byte back) and forwards what it reads, or refuses TLS."""
 
     def __init__(self, folder: Path, target_port: int):
         key, crt = folder / "key", folder / "crt"
@@ -327,7 +327,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @row("TLS refused, though `DB_SSLMODE=require`", "503")
 async def test_tls_refused(cluster: Cluster, make_chain: MakeChain, tmp_path: Path) -> None:
-    """Nothing goes over the wire in the clear meanwhile."""
+    """Nothing is sent unencrypted meanwhile."""
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a certificate")
     tls = TLS(tmp_path, cluster.port)

@@ -1,4 +1,4 @@
-"""What is no clean HTTP/1.1, or tries to be two requests where a proxy in front saw one (request smuggling)."""
+"""Input that is not clean HTTP/1.1, or that a proxy in front would take for one request, but is two (smuggling)."""
 
 import asyncio
 import random
@@ -112,14 +112,14 @@ ANSWERED: dict[str, tuple[bytes, list[int]]] = {
 
 
 def statuses(raw: bytes) -> list[int]:
-    """Of all the responses in it."""
+    """The statuses of all responses in it."""
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", raw)]
 
 
 @PARTS
 @row("malformed or ambiguous requests (49 of a smuggling corpus)", "400, then a close")
 async def test_what_could_be_two_requests_is_refused(system: System, part: str, note: RowOf) -> None:
-    """With 400, or with 414 or 431 where it is too long, as a problem; nothing behind it is taken for a request."""
+    """400, or 414 or 431 if it is too long, as a problem; nothing behind it is taken for a request."""
     url = getattr(system, part).url
     resets = []
     for name, request in REFUSED.items():
@@ -140,7 +140,7 @@ async def test_what_could_be_two_requests_is_refused(system: System, part: str, 
 @PARTS
 @row("HTTP/1.0, absolute-form, Expect, Upgrade, CONNECT, pipelining of 100, bodies on GET", "200, 404")
 async def test_what_is_unusual_is_answered(system: System, part: str, note: RowOf) -> None:
-    """Each request once, in order; nothing is left hanging."""
+    """Each request once, in order; nothing hangs."""
     url = getattr(system, part).url
     for name, (request, expected) in ANSWERED.items():
         raw = await exchange(url, request, within=5)
@@ -154,7 +154,7 @@ PATH = {"gateway": "/api/string", "service": "/api/message"}
 @PARTS
 @row("half-closes after the request (`nc -N`)", "200, then a close")
 async def test_a_half_closed_connection_is_answered(system: System, part: str, note: RowOf) -> None:
-    """Also several requests; the connection is closed right after, or when half a request is all that came."""
+    """Several requests, too; the connection then closes, also if only half a request arrived."""
     url = getattr(system, part).url
     request = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % PATH[part].encode()
     for sent, expected in ((request, [200]), (request * 3, [200] * 3), (request[:-1], []), (b"", [])):
@@ -226,7 +226,7 @@ KINDS: list[Callable[[random.Random], bytes]] = [random_bytes, random_tokens, mu
     ],
 )
 async def test_random_requests(observed: StartObserved, note: RowOf, name: str, count: int) -> None:
-    """Never a 5xx, a crash, a leaked task or a growing process, and others are served meanwhile."""
+    """No 5xx, crash, leaked task or growing process; other clients are served meanwhile."""
     server = await observed(name, DB_HOST="127.0.0.1", DB_PORT=1)
     chance = random.Random(f"{name} 8")
     before, seen = None, set()

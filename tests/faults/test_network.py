@@ -1,4 +1,4 @@
-"""What is between gateway and message service breaks, or the message service itself, while clients keep asking."""
+"""The network to the message service, or the message service itself, breaks while clients keep asking."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -37,7 +37,7 @@ async def chain(database: Database, make_chain: MakeChain) -> AsyncIterator[Chai
 async def test_it_restarts(
     chain: Chain, database: Database, observed: StartObserved, end: Callable[[Server], None]
 ) -> None:
-    """Who asks while it is away gets 503; nobody waits for it longer than it is away."""
+    """Requests while it is away get 503; none waits longer than it is away."""
     service = chain.servers.pop()
     port = service.port
     async with chain.endures(503) as clients:
@@ -49,7 +49,7 @@ async def test_it_restarts(
 @pytest.mark.matrix
 @row("message service SIGSTOPped, then SIGCONT", "504")
 async def test_it_is_frozen(chain: Chain) -> None:
-    """All calls that may be in flight are stuck when it goes on."""
+    """The most calls that may be in flight are stuck when it resumes."""
     async with chain.endures(504) as clients:
         chain.service.freeze()
         await clients.see(504)
@@ -61,7 +61,7 @@ async def test_it_is_frozen(chain: Chain) -> None:
 async def test_silence(
     own_network: Callable[..., None], observed: StartObserved, make_peer: MakePeer, note: RowOf
 ) -> None:
-    """With the default time limit: once packets pass, nobody waits for TCP's next repeat, or for a dead connection.
+    """With the default time limit: once packets pass, no request waits for a TCP retransmission or a dead connection.
 
     All calls that may be in flight are stuck at that moment.
     """
@@ -79,11 +79,11 @@ async def test_silence(
 
 
 @pytest.mark.matrix
-@row("its host is gone with all calls in flight, another takes over", "503")
+@row("its host vanishes with all calls in flight, another takes over", "503")
 async def test_a_host_that_is_gone(
     own_network: Callable[..., None], observed: StartObserved, make_peer: MakePeer, note: RowOf
 ) -> None:
-    """Requests that it has acknowledged are not waited for: the kernel gives up, at the repeat, too."""
+    """Requests that it has acknowledged do not wait for it: the kernel gives up, on their repeats, too."""
 
     async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -106,7 +106,7 @@ async def test_a_host_that_is_gone(
     note(f"given up after {max(answer.seconds for answer in answers):.1f} s")
 
 
-@row("many connections that went stale at once", "200")
+@row("many connections go stale at once", "200")
 async def test_stale_connections(system: System, observed: StartObserved, make_proxy: MakeProxy, note: RowOf) -> None:
     """Kept connections that were reset while idle cost no request."""
     proxy = await make_proxy(system.service.port)

@@ -1,4 +1,4 @@
-"""A process ends, is killed, or lacks what it needs from the system, while clients keep asking."""
+"""A process exits, is killed, or lacks system resources, while clients keep asking."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ def row(fault: str, sees: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    """A port that a server keeps when it is started again."""
+    """A port that a server keeps across restarts."""
     with reserve_port() as reserved:
         yield reserved.getsockname()[1]
 
@@ -47,7 +47,7 @@ async def port() -> AsyncIterator[int]:
 async def test_the_gateway_restarts(
     observed: StartObserved, system: System, port: int, note: RowOf, end: Callable[[Server], None]
 ) -> None:
-    """Who gets an answer gets a good one; it serves again as soon as it listens."""
+    """Every answer is a good one; it serves again as soon as it listens."""
     gateway = await observed("gateway", DOWNSTREAM_URL=system.service.url, PORT=port)
     chain = Chain(gateway, gateway, 5, note)
     async with chain.endures(lost=True, logs=False) as clients:
@@ -58,7 +58,7 @@ async def test_the_gateway_restarts(
 
 
 def limit(server: Server, kind: int, value: int) -> int:
-    """Set a soft limit of a running process; return the one before."""
+    """Set a soft limit of a running process; return the previous one."""
     before, hard = resource.prlimit(server.pid, kind)
     resource.prlimit(server.pid, kind, (value, hard))
     return before
@@ -66,9 +66,9 @@ def limit(server: Server, kind: int, value: int) -> int:
 
 @pytest.mark.matrix
 @BOTH
-@row("no open file left, then some again", "closed, or late by a second at most")
+@row("no file descriptor left, then some again", "closed, or late by a second at most")
 async def test_no_open_file_left(observed: StartObserved, system: System, note: RowOf, name: str) -> None:
-    """Whoever connects meanwhile; the log does not grow by thousands of lines, and all is well right after."""
+    """Clients that connect meanwhile are refused or wait; the log stays short, and recovery is immediate."""
     settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
     server = await observed(name, **settings)
     assert (await get(server.url + PATH[name])).status == 200
@@ -102,7 +102,7 @@ def address_space(pid: int) -> int:
 @pytest.mark.matrix
 @row("no memory left, then some again (RLIMIT_AS)", "200, 500, 503, 504 or a close")
 async def test_no_memory_left(observed: StartObserved, make_peer: MakePeer, note: RowOf) -> None:
-    """It survives, and is well right after."""
+    """It survives, and recovers at once."""
     peer = await make_peer(response('{"message": "%s"}' % ("x" * 1_000_000)), keep_alive=True)
     gateway = await observed("gateway", DOWNSTREAM_URL=peer.url)
     gateway.expected_tracebacks = True
@@ -118,7 +118,7 @@ async def test_no_memory_left(observed: StartObserved, make_peer: MakePeer, note
 @BOTH
 @row("no thread can be started", "503")
 async def test_no_thread_left(observed: StartObserved, system: System, note: RowOf, name: str) -> None:
-    """A name can not be looked up then, which is no mistake of the server."""
+    """Names cannot be looked up then, but the server reports no mistake of its own."""
     url = system.service.url.replace("127.0.0.1", "localhost")
     settings = {**system.database.settings(DB_HOST="localhost"), "DOWNSTREAM_URL": url}
     broken = "import threading; start = threading.Thread.start; threading.Thread.start = lambda thread: start(thread) "
@@ -132,7 +132,7 @@ async def test_no_thread_left(observed: StartObserved, system: System, note: Row
 @BOTH
 @row("the clock jumps by a day, ahead and back", "200")
 async def test_the_clock_jumps(observed: StartObserved, system: System, note: RowOf, tmp_path: Path, name: str) -> None:
-    """Nothing but dates follows it: no time limit, no connection, no log line more."""
+    """Only dates follow it: no time limit, no connection, no extra log line."""
     ahead = tmp_path / "ahead"
     jumping = f"import os, time; real = time.time; time.time = lambda: real() + 86400 * os.path.exists({str(ahead)!r})"
     settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url}
@@ -153,7 +153,7 @@ async def test_the_clock_jumps(observed: StartObserved, system: System, note: Ro
     note("-")
 
 
-STDERR = {"closed": "2>&-", "full (`/dev/full`)": "2>/dev/full", "a pipe that nobody holds": "2> >(true)"}
+STDERR = {"closed": "2>&-", "full (`/dev/full`)": "2>/dev/full", "a pipe without a reader": "2> >(true)"}
 
 
 @BOTH
@@ -163,7 +163,7 @@ STDERR = {"closed": "2>&-", "full (`/dev/full`)": "2>/dev/full", "a pipe that no
 async def test_stderr_is_gone(
     observed: StartObserved, system: System, port: int, note: RowOf, name: str, where: str
 ) -> None:
-    """It serves all the same, says nothing elsewhere, and ends as usual."""
+    """It still serves, writes nothing elsewhere, and exits as usual."""
     settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url, "ACCESS_LOG": "all"}
     wrapper = ["bash", "-c", f'exec "$@" {where}', "bash"]
     server = await observed(name, wrapper=wrapper, PORT=port, **settings)
@@ -181,11 +181,11 @@ async def test_stderr_is_gone(
 
 @pytest.mark.matrix
 @BOTH
-@row("log reader that blocks", "200")
+@row("log reader blocks", "200")
 async def test_a_log_reader_that_blocks(
     observed: StartObserved, system: System, port: int, note: RowOf, tmp_path: Path, name: str
 ) -> None:
-    """Lines are lost, requests are not; nor is the end held up."""
+    """Lines are lost, requests are not, and the exit is not delayed."""
     settings = {**system.database.settings(), "DOWNSTREAM_URL": system.service.url, "ACCESS_LOG": "all"}
     stuck = tmp_path / "stderr"
     os.mkfifo(stuck)
@@ -240,7 +240,7 @@ listen {name}
 
 @dataclass
 class Balanced:
-    """Two servers of a kind behind one port."""
+    """Two servers of one kind behind one port."""
 
     name: str
     front: int
@@ -250,7 +250,7 @@ class Balanced:
 @pytest.mark.matrix
 @row("rolling restart of both gateways and both services behind haproxy, under load", "200, none lost")
 async def test_a_rolling_restart(observed: StartObserved, database: Database, note: RowOf, tmp_path: Path) -> None:
-    """Not one request fails, with a drain that is longer than haproxy's interval between two checks.
+    """No request fails, with a drain longer than haproxy's interval between two checks.
 
     And with none of its usual retries, which would hide a connection that was refused.
     """

@@ -1,4 +1,4 @@
-"""Two replicas of each server, and one of them, or the database, breaks: no client gets a failed request.
+"""Two replicas of each server; when one of them, or the database, breaks, no client's request fails.
 
 The message services stand behind one address that gives each new connection to one of them at random, as a Kubernetes
 Service does: iptables does it where the test may make a network namespace, else a small forwarder. The load is open
@@ -60,7 +60,7 @@ class Service:
         self.spread(*ports)
 
     def spread(self, *ports: int) -> None:
-        """From now on, new connections go to these; those that are up stay."""
+        """From now on, new connections go to these; open ones stay."""
         self._forwarder.targets = list(ports)
         if self._iptables:
             self._iptables("-t", "nat", "-F", "SERVICE")
@@ -75,7 +75,7 @@ class Service:
 
 
 class Replicas:
-    """Two gateways, the address of the message services, and two of those, each with its own way to the database."""
+    """Two gateways, the message services' address, and two of those, each with its own connection to the database."""
 
     def __init__(self, service: Service, start: Start, note: RowOf):
         self.service, self._start, self._note = service, start, note
@@ -91,7 +91,7 @@ class Replicas:
 
     @asynccontextmanager
     async def lose_nothing(self, seconds: float = 4) -> AsyncIterator[OpenLoop]:
-        """Inside, break something; the load goes on for this time. Not one request may have failed.
+        """Inside, break something; the load continues for this time. No request may fail.
 
         Until then all connections lead to the first replica, so that it is in use when it breaks.
         """
@@ -135,14 +135,14 @@ async def pair(replicas: Replicas, cluster: Cluster, start: Start, make_proxy: M
 
 
 async def taken_out(replicas: Replicas, pair: Pair, after: float) -> None:
-    """The first message service gets no new connections any more, as when its readiness probes have failed."""
+    """The first message service gets no more new connections, as when its readiness probes have failed."""
     await asyncio.sleep(after)
     replicas.service.spread(pair.services[1].port)
 
 
 @row("SIGKILLed, and taken out of the Service after 3 s")
 async def test_one_is_killed(replicas: Replicas, pair: Pair) -> None:
-    """Requests under way are sent again to the other."""
+    """Its requests in flight are sent again, to the other."""
     async with replicas.lose_nothing():
         pair.services[0].kill()
         await taken_out(replicas, pair, after=3)
@@ -150,7 +150,7 @@ async def test_one_is_killed(replicas: Replicas, pair: Pair) -> None:
 
 @row("frozen (SIGSTOP) for good, and never taken out")
 async def test_one_is_frozen(replicas: Replicas, pair: Pair) -> None:
-    """Connections to it look well and say nothing."""
+    """Connections to it look open, and nothing comes."""
     async with replicas.lose_nothing():
         pair.services[0].freeze()
 
@@ -158,7 +158,7 @@ async def test_one_is_frozen(replicas: Replicas, pair: Pair) -> None:
 @pytest.mark.matrix
 @row("frozen (SIGSTOP) for 15 s, never taken out, and then back")
 async def test_one_is_frozen_for_a_while(replicas: Replicas, pair: Pair) -> None:
-    """Its return is not noticed either."""
+    """Its return goes unnoticed, too."""
     async with replicas.lose_nothing():
         pair.services[0].freeze()
         await asyncio.sleep(LONG)
@@ -168,7 +168,7 @@ async def test_one_is_frozen_for_a_while(replicas: Replicas, pair: Pair) -> None
 @pytest.mark.matrix
 @row("packets to and from it dropped silently")
 async def test_one_is_cut_off(network_if_permitted: IPTables | None, replicas: Replicas, pair: Pair) -> None:
-    """Neither an answer nor a refusal comes, for connections that are up and for new ones."""
+    """Neither an answer nor a refusal comes, on open connections and new ones."""
     if not network_if_permitted:
         pytest.skip("needs root's right to make a network namespace, ip and iptables")
     async with replicas.lose_nothing():
@@ -187,7 +187,7 @@ async def test_one_is_cut_off(network_if_permitted: IPTables | None, replicas: R
     ],
 )
 async def test_one_loses_its_database(replicas: Replicas, pair: Pair, cut: Callable[[Proxy], None]) -> None:
-    """The other one's is fine. Its readiness fails, so that it is taken out after 3 s."""
+    """The other's works. Its readiness fails, so it is taken out after 3 s."""
     async with replicas.lose_nothing():
         cut(pair.databases[0])
         await taken_out(replicas, pair, after=3)
@@ -196,7 +196,7 @@ async def test_one_loses_its_database(replicas: Replicas, pair: Pair, cut: Calla
 @pytest.mark.matrix
 @row("terminated (SIGTERM) with `DRAIN_SECONDS=2`, and taken out a second later")
 async def test_one_is_terminated(replicas: Replicas, pair: Pair) -> None:
-    """It ends well meanwhile."""
+    """Meanwhile it exits 0."""
     async with replicas.lose_nothing():
         pair.services[0].terminate()
         await taken_out(replicas, pair, after=1)
@@ -204,9 +204,9 @@ async def test_one_is_terminated(replicas: Replicas, pair: Pair) -> None:
 
 
 @pytest.mark.matrix
-@row("every answer of it 400 ms late")
+@row("every answer from it 400 ms late")
 async def test_one_is_slow(replicas: Replicas, pair: Pair, make_proxy: MakeProxy, note: RowOf) -> None:
-    """99 of 100 requests are answered as if the other one were alone."""
+    """99 of 100 requests are answered as fast as if the other were alone."""
     slow = await make_proxy(pair.services[0].port)
     replicas.ports = slow.port, pair.services[1].port
     async with replicas.lose_nothing(seconds=12) as load:
@@ -227,7 +227,7 @@ async def test_one_is_slow(replicas: Replicas, pair: Pair, make_proxy: MakeProxy
     ],
 )
 async def test_one_goes_mad(replicas: Replicas, make_peer: MakePeer, script: bytes) -> None:
-    """It is never taken out, and keeps its connections where HTTP allows that."""
+    """It is never taken out, and keeps its connections open if HTTP allows it."""
     peers = [await make_peer(GOOD, keep_alive=True) for _ in range(2)]
     await replicas.serve(*(peer.port for peer in peers))
     async with replicas.lose_nothing():
@@ -240,7 +240,7 @@ async def test_one_goes_mad(replicas: Replicas, make_peer: MakePeer, script: byt
 
 @asynccontextmanager
 async def away(proxies: list[Proxy], seconds: float) -> AsyncIterator[None]:
-    """New connections are refused for this long; what happens to those that are up is done inside."""
+    """New connections are refused for this long; the body decides what happens to open ones."""
     for proxy in proxies:
         proxy.refuse()
     yield
@@ -262,7 +262,7 @@ async def away(proxies: list[Proxy], seconds: float) -> AsyncIterator[None]:
     ],
 )
 async def test_the_database_fails_over(replicas: Replicas, pair: Pair, end_old: Callable[[Proxy], None]) -> None:
-    """Refused for most of a second; then new connections are well, and the old ones never again."""
+    """Refused for most of a second; then new connections work, and old ones never again."""
     async with replicas.lose_nothing(), away(pair.databases, seconds=0.7):
         for proxy in pair.databases:
             end_old(proxy)
@@ -281,7 +281,7 @@ async def test_the_database_restarts(replicas: Replicas, cluster: Cluster) -> No
 @row("all connections to the database terminated, twenty times")
 @pytest.mark.usefixtures("pair")
 async def test_the_database_terminates_all(replicas: Replicas, cluster: Cluster) -> None:
-    """Whatever query is under way is sent again."""
+    """Every query in flight is sent again."""
     async with replicas.lose_nothing():
         for _ in range(20):
             await asyncio.to_thread(cluster.database().terminate_backends)
@@ -291,7 +291,7 @@ async def test_the_database_terminates_all(replicas: Replicas, cluster: Cluster)
 @pytest.mark.usefixtures("pair")
 @row("each query takes 300 ms")
 async def test_the_database_is_slow(replicas: Replicas, cluster: Cluster) -> None:
-    """Slow is not broken; and it never works on more queries than the services have connections."""
+    """Slow is not broken; and it never runs more queries than the services have connections."""
     running = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
     counts = []
     async with replicas.lose_nothing(seconds=0):
@@ -311,7 +311,7 @@ async def test_the_database_is_slow(replicas: Replicas, cluster: Cluster) -> Non
 
 @pytest.mark.matrix
 async def test_after_a_fault_both_get_calls_again(replicas: Replicas, make_peer: MakePeer) -> None:
-    """Some time after one of them was away, the load is shared again."""
+    """Some time after one of them was away, they share the load again."""
     peers = [await make_peer(GOOD, keep_alive=True) for _ in range(2)]
     await replicas.serve(*(peer.port for peer in peers))
     async with replicas.lose_nothing(seconds=0):

@@ -41,7 +41,7 @@ async def eventually(condition: Callable[[], Any], within: float = 5, every: flo
 
 
 def wait_until(condition: Callable[[], Any], within: float, fault: Callable[[], str]) -> None:
-    """As `eventually`, outside an event loop; AssertionError with what `fault` says when it does not come true."""
+    """Like `eventually`, outside an event loop; AssertionError with the text of `fault` if it stays false."""
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"not within {within} s: {fault()}"
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], Any], within: float, fault: Callable[[], 
 
 
 def reserve_port(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
-    """A socket that is bound but does not listen: until somebody else listens there, connecting is refused.
+    """A socket that is bound but does not listen: until another process listens there, connecting is refused.
 
     SO_REUSEADDR lets a server listen on the port meanwhile, and the kernel hands the port to nobody else:
     neither to another listener nor as the local port of a client's connection, which would connect to itself.
@@ -61,7 +61,7 @@ def reserve_port(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 
 
 def child_pids(pid: int) -> list[int]:
-    """The processes that `pid` started and that still run."""
+    """The running processes that `pid` started."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def child_pids(pid: int) -> list[int]:
 
 
 def open_sockets(pid: int) -> int:
-    """How many sockets a process holds open."""
+    """How many sockets a process has open."""
     count = 0
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         try:

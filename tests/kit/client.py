@@ -22,7 +22,7 @@ PATIENCE = 20  # seconds after which a test gives up: far beyond every time limi
 
 @dataclass
 class Answer:
-    """A whole HTTP response, and the seconds that it took from the start of its connection."""
+    """A whole HTTP response, and the seconds from the start of its connection to its end."""
 
     status: int
     headers: CIMultiDict[str]
@@ -35,7 +35,7 @@ class Answer:
 
     @property
     def request_id(self) -> str:
-        """What the server calls this request."""
+        """The server's id for this request."""
         return self.headers["X-Request-ID"]
 
 
@@ -77,7 +77,7 @@ class Connection:
 
 @contextlib.asynccontextmanager
 async def connection(url: str, buffer: int = 2**24) -> AsyncIterator[Connection]:
-    """A Connection to the server of this URL, which takes about `buffer` bytes before they are read."""
+    """A Connection to the server at this URL, which buffers about `buffer` bytes before they are read."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=buffer)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)

@@ -1,4 +1,4 @@
-"""What holds for each fault is asserted here, once: time, statuses, recovery, footprint, log lines. And the table.
+"""The assertions that apply to each fault: time, statuses, recovery, footprint, log lines. And the table.
 
 The fixtures and hooks are taken over by conftest.py; the tests are in tests/faults/. The quick ones run with all
 others, the whole matrix with `make faults`, which also writes the table in docs/faults.md. Each test tells its row
@@ -56,7 +56,7 @@ StartObserved = Callable[..., Awaitable[Server]]
 
 @pytest.fixture
 def observed(start: Start) -> StartObserved:
-    """Starts a server that tells its tasks; `changes` are statements executed before, such as shorter time limits."""
+    """Starts a server that reports its tasks; `changes` are statements to run first, such as shorter time limits."""
 
     async def begin(name: str, *changes: str, **settings: Any) -> Server:
         return await start(name, program=("-c", OBSERVED, name, *changes), **settings)
@@ -79,7 +79,7 @@ def open_files(pid: int) -> int:
 
 
 async def footprint(server: Server) -> Footprint:
-    """What it holds now, apart from the request that asks."""
+    """The present footprint, without the request that asks for it."""
     tasks = int((await get(server.url + "/tasks")).body)
     return Footprint(open_files(server.pid), tasks, memory(server.pid))
 
@@ -102,7 +102,7 @@ RowOf = Callable[..., None]
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> RowOf:
-    """Tells the table how long recovery took: `note(seconds)`, or words where nothing had to recover."""
+    """Records the recovery time for the table: `note(seconds)`, or words if nothing had to recover."""
 
     def tell(back: float | str) -> None:
         request.node.user_properties.append(("back", back if isinstance(back, str) else f"{back:.2f} s"))
@@ -111,7 +111,7 @@ def note(request: pytest.FixtureRequest) -> RowOf:
 
 
 class Chain:
-    """Gateway, message service and database, of which a test breaks one while clients keep asking the gateway."""
+    """Gateway, message service and database; a test breaks one of them while clients keep asking the gateway."""
 
     def __init__(self, gateway: Server, service: Server, limit: float, note: RowOf):
         self.gateway, self.service, self.limit, self.note = gateway, service, limit, note
@@ -121,7 +121,7 @@ class Chain:
     async def endures(
         self, *statuses: int, recovery: float = RECOVERY, lost: bool = False, logs: bool = True
     ) -> AsyncIterator[Clients]:
-        """Inside, break something, and make it whole again before leaving; then all that has to hold is asserted.
+        """Inside, break something, and repair it before leaving; then everything that must hold is asserted.
 
         `statuses` may come beside 200. `lost`: requests under way may end without an answer.
         """
@@ -150,7 +150,7 @@ class Chain:
         self.note(back)
 
     def _check_logs(self, replies: list[Reply], seconds: float) -> None:
-        """A line when it went, one a second at most while it lasted, and one when it was back."""
+        """A line when it went away, one a second at most while it lasted, and one when it was back."""
         failed = {reply.status for reply in replies if reply.status >= 500}
         for status in failed:
             lines = self.gateway.logged(status=status, path="/api/string")
@@ -198,7 +198,7 @@ IPTables = Callable[..., None]
 
 @pytest.fixture
 def network_if_permitted() -> Iterator[IPTables | None]:
-    """A network namespace for this test alone: yields what executes `iptables` in it. Ask for it before all else.
+    """A network namespace for this test alone: yields an executor of `iptables` in it. Ask for it before anything else.
 
     Yields None where the test may not make one.
     """
@@ -227,7 +227,7 @@ def network_if_permitted() -> Iterator[IPTables | None]:
 
 @pytest.fixture
 def own_network(network_if_permitted: IPTables | None) -> IPTables:
-    """The same; skips where the test may not make one."""
+    """The same; skips if the test may not create one."""
     if network_if_permitted is None:
         pytest.skip("needs root's right to make a network namespace, ip and iptables")
     return network_if_permitted
@@ -238,7 +238,7 @@ def own_network(network_if_permitted: IPTables | None) -> IPTables:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Write the table, if asked for by FAULTS_TABLE, into the file of that name, between its marks."""
+    """Write the table between the markers of the file that FAULTS_TABLE names, if it is set."""
     target = os.environ.get("FAULTS_TABLE")
     if not target:
         return
@@ -258,6 +258,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let the report of a test know its row."""
+    """Attach a test's row to its report."""
     if marker := item.get_closest_marker("fault"):
         item.user_properties.append(("fault", marker.args))

@@ -1,4 +1,4 @@
-"""Clients that keep asking while something is broken, and what each of their requests came to."""
+"""Clients that keep asking while something is broken, and the outcome of each request."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from kit.client import PATIENCE, Answer, connection, get
 
 @dataclass
 class Reply:
-    """What a request came to: `status` 0 when there was no answer, and why in `reason`. Times are monotonic."""
+    """A request's outcome: `status` 0 if there was no answer, with the reason in `reason`. Times are monotonic."""
 
     began: float
     ended: float

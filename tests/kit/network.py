@@ -1,4 +1,4 @@
-"""What stands between the parts: a TCP proxy that misbehaves, HTTP peers that say garbage, DNS of our own."""
+"""What stands between the parts: a misbehaving TCP proxy, HTTP peers that send garbage, our own DNS."""
 
 import asyncio
 import contextlib
@@ -44,19 +44,19 @@ class Proxy:
         return self
 
     def refuse(self) -> None:
-        """Stop listening: who connects is refused. Connections that are up stay."""
+        """Stop listening: new connections are refused, open ones stay."""
         if self._listener:
             self._listener.close()
             self._listener = None
 
     def cut(self) -> None:
-        """Reset every connection that is up."""
+        """Reset every open connection."""
         for task, connection in self._connections.items():
             connection.reset()
             task.cancel()
 
     def freeze(self, *, established: bool = True, new: bool = True) -> None:
-        """Hold all bytes silently: connections stay up, new ones are accepted, nothing passes.
+        """Hold all bytes silently: connections stay open, new ones are accepted, nothing passes.
 
         Only `established`: what a firewall does that forgot its connections. Only `new`: slow connecting.
         """
@@ -66,13 +66,13 @@ class Proxy:
                 connection.flowing.clear()
 
     def resume(self) -> None:
-        """Let the bytes that were held pass, and all that follow."""
+        """Pass the held bytes, and everything that follows."""
         self._holds_new = False
         for connection in self._connections.values():
             connection.flowing.set()
 
     def forget(self) -> None:
-        """As a host that was restarted: connections look up, until a client's next byte is answered with a reset."""
+        """Act as a restarted host: connections look open until a reset answers a client's next byte."""
         for connection in self._connections.values():
             connection.forgotten = True
 
@@ -124,7 +124,7 @@ class Proxy:
 
 
 class _Connection:
-    """What a proxy knows of one client: both sides of its connection, and how it is treated."""
+    """The proxy's state of one client: both sides of its connection, and how it is treated."""
 
     def __init__(self, writer: asyncio.StreamWriter):
         self.writers = [writer]
@@ -149,7 +149,7 @@ Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]]
 
 
 class Peer:
-    """An HTTP server that says what the test says: bytes, or a coroutine function that writes them.
+    """An HTTP server that sends what the test specifies: bytes, or the output of a coroutine function.
 
     After each request's head was read (kept in `requests`), the script runs; then the connection is closed, unless it
     is to be kept. `accepted` counts the connections.
@@ -210,7 +210,7 @@ def response(
 
 @contextlib.contextmanager
 def unanswered_port(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-    """A port of a host that is gone: its kernel drops each attempt to connect. Yields the number."""
+    """A port of a vanished host: the kernel drops each attempt to connect. Yields the number."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
         full.bind((host, port))
@@ -236,7 +236,7 @@ class NameServer(asyncio.DatagramProtocol):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: Any) -> None:
-        """Keep the way back."""
+        """Keep the transport for answers."""
         self.transport = transport
 
     def datagram_received(self, data: bytes, address: Any) -> None:

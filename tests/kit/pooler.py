@@ -1,4 +1,4 @@
-"""PgBouncer, which stands between a service and PostgreSQL and hands each session or transaction a backend."""
+"""PgBouncer, between a service and PostgreSQL, which assigns a backend to each session or transaction."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ class Pooler:
         self.start()
 
     def let_in(self, user: str, password: str) -> None:
-        """Let another role log in, from the next start on."""
+        """Allow another role to log in, from the next start on."""
         with self.users.open("a") as users:
             users.write(f'"{user}" "{password}"\n')
 
@@ -67,7 +67,7 @@ class Pooler:
         return False
 
     def stop(self) -> None:
-        """End it at once, and with it every connection."""
+        """End it at once, with all its connections."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(10)
 

@@ -31,7 +31,7 @@ SCHEMA = (ROOT / "schema.sql").read_text()
 
 @functools.cache
 def programs(folder: Path) -> Path:
-    """The folder of initdb and postgres; `folder` gets the copy where one is needed."""
+    """The folder of initdb and postgres; `folder` gets the copy if one is needed."""
     if chosen := os.environ.get("POSTGRES_BIN"):
         return Path(chosen)
     # Looked for, not imported: importing it makes folders and warns.
@@ -49,7 +49,7 @@ def programs(folder: Path) -> Path:
 
 
 def programs_with_tls() -> Path | None:
-    """The folder of a PostgreSQL with TLS: the one that POSTGRES_BIN names, else Debian's newest; None without one."""
+    """The folder of a PostgreSQL with TLS: that of POSTGRES_BIN, else Debian's newest; None if there is none."""
     chosen = os.environ.get("POSTGRES_BIN")
     folders = [Path(chosen)] if chosen else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((folder for folder in folders if b"libssl" in (folder / "postgres").read_bytes()), None)
@@ -83,7 +83,7 @@ class Database:
         return connection
 
     def sql(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Run one statement in a connection of its own, outside a transaction; return its rows."""
+        """Run one statement on its own connection, outside a transaction; return its rows."""
         connection = self.connect()
         try:
             connection.autocommit = True
@@ -99,7 +99,7 @@ class Database:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While it lasts, nobody can read the table."""
+        """Inside, nobody can read the table."""
         connection = self.connect()
         connection.cursor().execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
         try:
@@ -108,7 +108,7 @@ class Database:
             connection.close()
 
     def backends(self) -> list[int]:
-        """Process numbers of the connections to this database, the asking one left out."""
+        """Process ids of the connections to this database, except the asking one."""
         rows = self.sql(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
             " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -259,7 +259,7 @@ class Cluster:
         return [self.process.pid, *child_pids(self.process.pid)]
 
     def kill(self) -> None:
-        """SIGKILL every process of it, as when the power fails."""
+        """SIGKILL all its processes, as in a power failure."""
         _stop(self.process.pid)  # so that it starts no more
         pids = self.pids()
         for pid in pids:
@@ -270,7 +270,7 @@ class Cluster:
         wait_until(lambda: not any(map(_runs, pids)), within=30, fault=lambda: f"{pids} were killed, but run on")
 
     def freeze(self) -> None:
-        """SIGSTOP every process of it: connections stay up, the kernel accepts new ones, nobody answers."""
+        """SIGSTOP all its processes: connections stay open, the kernel accepts new ones, nothing answers."""
         _stop(self.process.pid)  # first, so that it starts no more
         for pid in child_pids(self.process.pid):
             _stop(pid)
@@ -294,7 +294,7 @@ class Cluster:
 
 
 def _stop(pid: int) -> None:
-    """SIGSTOP a process, and return when it has stopped; one that is gone is no fault."""
+    """SIGSTOP a process, and return when it has stopped; one that has gone is no fault."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         os.kill(pid, signal.SIGSTOP)
         state = Path(f"/proc/{pid}/stat")

@@ -24,7 +24,7 @@ DEFAULTS = {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "json"}
 
 
 def environment(settings: dict[str, Any]) -> dict[str, str]:
-    """What a server gets: the path and the settings (None: not even its default), nothing else of ours."""
+    """A server's environment: the path and the settings (None: not even its default), nothing else of ours."""
     kept = {name: os.environ[name] for name in ("PATH", "PYENV_VERSION", "TMPDIR") if name in os.environ}
     return kept | {name: str(value) for name, value in (DEFAULTS | settings).items() if value is not None}
 
@@ -84,12 +84,12 @@ class Server:
                     self.noise.append(line)
 
     async def listening(self) -> "Server":
-        """Return when it listens; AssertionError with what it said when it ends instead."""
+        """Return when it listens; AssertionError with its output if it exits instead."""
         await eventually(self.listens, within=15)
         return self
 
     def listens(self) -> bool:
-        """Whether it listens by now; fails the test when it has ended instead."""
+        """Whether it already listens; fails the test if it has exited."""
         if self.process.poll() is not None:
             self.finish()
             pytest.fail(f"{self.name} ended: {self.noise} {self.log}")
@@ -103,7 +103,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port on which it listens."""
         return self._port or int(self.logged(message="listening")[0]["port"])
 
     @property
@@ -153,7 +153,7 @@ class Server:
         self.finish()
 
     async def exit_status(self, within: float = 15) -> int:
-        """Its exit status, as soon as it has ended."""
+        """Its exit status, as soon as it has exited."""
         await eventually(lambda: self.process.poll() is not None, within)
         return self.finish()
 
@@ -165,13 +165,13 @@ class Server:
         return status
 
     def stop(self) -> None:
-        """Ask it to end, whatever state it is in, and do not wait; asked once more, it ends at once."""
+        """Ask it to stop, whatever its state, and do not wait; asked again, it stops at once."""
         if self.process.poll() is None:
             self.resume()
             self.terminate()
 
     def close(self) -> None:
-        """End it; AssertionError when it said what no server should say."""
+        """End it; AssertionError if its output has what no server should print."""
         self.stop()
         try:
             self.process.wait(1)

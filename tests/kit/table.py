@@ -8,7 +8,7 @@ AREAS = ("Database", "Network and downstream", "One of two replicas", "Clients",
 
 @dataclass
 class Row:
-    """One fault; `back` is how long recovery took, or what is asserted of it, `test` the file that tests it."""
+    """One fault; `back` is the recovery time, or what the test asserts about it; `test` is the test's file."""
 
     area: str
     fault: str
@@ -21,15 +21,15 @@ class Row:
 _ELSEWHERE = """
 Database | absent at start | 503 | ≤ 1 s | test_lifecycle.py
 Database | restarted between requests | 200 | at once | test_database_faults.py
-Database | table made again or altered between requests | 200 | at once | test_database_faults.py
+Database | table recreated or altered between requests | 200 | at once | test_database_faults.py
 Database | query cancelled or timed out on the server | 503, 504 | at once | test_database_faults.py
 Database | password rotated | 200 | at once | test_password.py
 Network and downstream | name unknown, slow, or moved to another address | 503, 504 | ≤ 1 s | test_names.py
 Network and downstream | message service absent | 503 | at once | test_lifecycle.py
-Network and downstream | silent, drips, resets, lies (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
-Network and downstream | redirects elsewhere | 502, not followed | at once | test_downstream_faults.py
+Network and downstream | silent, slow, resets, sends nonsense (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
+Network and downstream | message service redirects elsewhere | 502, not followed | at once | test_downstream_faults.py
 Clients | leave before their answer | - | at once | test_database_faults.py
-Process | SIGTERM or SIGINT while requests never end, and a second one | what is in flight | - | test_lifecycle.py
+Process | SIGTERM or SIGINT while requests never end, and a second one | a close | - | test_lifecycle.py
 Process | nobody reads stderr | 200 | - | test_logs.py
 """
 REFERENCES = [
@@ -41,7 +41,7 @@ REFERENCES = [
 
 
 def worst(rows: list[Row]) -> list[Row]:
-    """One row for each fault, the worst of those that both servers gave."""
+    """One row for each fault, the worse one if both servers have one."""
     found: dict[tuple[str, str], Row] = {}
     for row in rows:
         before = found.setdefault((row.area, row.fault), row)
@@ -56,7 +56,7 @@ def _badness(back: str) -> tuple[bool, float]:
 
 
 def render(text: str, rows: list[Row]) -> str:
-    """Return `text` with the table between its marks, which are added at the end if there are none."""
+    """Return `text` with the table between its markers, which are added at the end if they are missing."""
     lines = ["| fault | a client sees | good again after |", "|---|---|---|"]
     for area in AREAS:
         lines.append(f"| **{area}** | | |")
