@@ -26,7 +26,7 @@ Database | query cancelled or timed out on the server | 503, 504 | at once | tes
 Database | password rotated | 200 | at once | test_password.py
 Network and downstream | name unknown, slow, or moved to another address | 503, 504 | ≤ 1 s | test_names.py
 Network and downstream | message service absent | 503 | at once | test_lifecycle.py
-Network and downstream | silent, slow, resets, sends nonsense (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
+Network and downstream | silent, slow, resets, lies (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
 Network and downstream | message service redirects elsewhere | 502, not followed | at once | test_downstream_faults.py
 Clients | leave before their answer | - | at once | test_database_faults.py
 Process | SIGTERM or SIGINT while requests never end, and a second one | a close | - | test_lifecycle.py
