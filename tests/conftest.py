@@ -1,7 +1,7 @@
 """Fixtures: they start what a test asks for, and end it afterwards, whatever state the test left it in.
 
-With DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) set, tests that only need a database get one on that server;
-tests that break the server itself always use a cluster of their own.
+If DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) is set, tests that only need a database get one on that server; tests
+that break the server always use their own cluster.
 """
 
 import os

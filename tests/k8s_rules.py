@@ -1,7 +1,7 @@
 """How a cluster reads k8s.yaml: objects by name, selectors, network policies, and a container's environment.
 
-Only as much of the Kubernetes API as the file uses. Whatever else the file may come to hold raises KeyError or
-AssertionError here, so that no rule is passed over in silence.
+It covers only the part of the Kubernetes API that the file uses. Anything else in the file raises KeyError or
+AssertionError here, so that no rule is silently skipped.
 """
 
 import copy
@@ -91,11 +91,11 @@ def selects(selector: Object, labels: dict[str, str]) -> bool:
 
 
 def killed_after(probe: Object) -> tuple[float, float]:
-    """For how many seconds a server may answer no probe without being killed, and after how many it is dead for sure.
+    """How many seconds a server can be silent without being killed, and after how many it is certainly dead.
 
-    The kubelet probes every `periodSeconds`, or later where a probe takes longer, and counts a probe as failed when
-    `timeoutSeconds` have passed. After `failureThreshold` failures in a row it sends SIGTERM, then SIGKILL. The silence
-    that kills soonest begins with a probe; the latest death is that of a server that stops just after answering one.
+    The kubelet probes every `periodSeconds`, or later if a probe takes longer, and counts a probe as failed after
+    `timeoutSeconds`. After `failureThreshold` failures in a row it sends SIGTERM, then SIGKILL. A server that falls
+    silent just as a probe begins is killed soonest; one that does so just after answering a probe, latest.
     """
     pace = max(probe["periodSeconds"], probe["timeoutSeconds"])
     shortest = (probe["failureThreshold"] - 1) * pace + probe["timeoutSeconds"]
@@ -180,7 +180,7 @@ class NotStarted(Exception):
 def configuration(manifest: Manifest, pod: Object, container: Object, folder: Path) -> dict[str, str]:
     """Mount the container's files below `folder`, and return its environment, with paths that lead there.
 
-    Raises NotStarted when an object or a key is missing that is not optional.
+    Raises NotStarted if a required object or key is missing.
     """
     environment: dict[str, str] = {}
     for source in container.get("envFrom", []):

@@ -1,6 +1,6 @@
 """A server whose callers join a running call: `python -m tests.single_flight gateway`.
 
-This is what ordinary request coalescing does, and what the test of freshness has to find out.
+Ordinary request coalescing does this, and the test of freshness must detect it.
 """
 
 import asyncio

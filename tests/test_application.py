@@ -221,7 +221,7 @@ async def test_more_queries_than_connections_wait_for_one(serve: Serve, database
     assert len(database.backends()) <= 2
 
 
-# Another program, as somebody would write it who starts from this one.
+# Another program, as someone might write it who starts from this one.
 PROGRAM = """
 import sys
 sys.path.insert(0, "tests")

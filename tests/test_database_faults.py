@@ -1,6 +1,6 @@
 """What a client sees, through both services, of a broken database, and after its recovery.
 
-The pitfalls of aiopg and psycopg2 in asynchronous mode have a test each.
+Each pitfall of aiopg and psycopg2 in asynchronous mode has a test.
 """
 
 import asyncio
@@ -133,7 +133,7 @@ async def test_a_fault_gets_its_answer_and_heals(
             assert ("Retry-After" in answer.headers) == (status == 503)
             for secret in (PASSWORD, "127.0.0.1", "mydb", "postgres", "SELECT", "Error", "psycopg2"):
                 assert secret not in str(problem)
-        await asyncio.sleep(1.1)  # how long a good answer counts for /readyz
+        await asyncio.sleep(1.1)  # how long /readyz reuses a good answer
         readiness = await get(service.url + "/readyz", within=2)
         assert readiness.status == (200 if status == 404 else 503)
         assert (await get(gateway.url + "/readyz")).status == 200
@@ -249,7 +249,7 @@ async def test_a_client_that_leaves_ends_its_query(service: Server, database: Da
 async def test_many_clients_need_few_connections(start: Start, database: Database) -> None:
     """A hundred requests to a locked table use no more than the pool; all get answers once it is free.
 
-    Though late queries are sent again: the database never has more of them at a time than there are connections.
+    Late queries are repeated, yet the database never runs more of them at a time than there are connections.
     """
     service = await start("message_service", **database.settings(), DB_TIMEOUT=5)
     running = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"

@@ -1,6 +1,6 @@
 """The image and the composition from outside: what a Docker user sees, types and relies on.
 
-One build and one composition serve all tests; a test that breaks something heals it, and waits until it is healed.
+One build and one composition serve all tests; a test that breaks something repairs it, and waits until it works.
 """
 
 import ast

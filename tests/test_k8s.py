@@ -1,7 +1,7 @@
 """Checks of k8s.yaml beyond a schema: its parts fit together, and fit the servers that really run.
 
-Paths, ports, settings and their defaults are asked of the servers. At the end, each property is broken once in a
-copy of the file, and its test has to fail.
+The servers supply paths, ports, settings and their defaults. At the end, each property is broken once in a copy of the
+file, and its test must fail.
 """
 
 import inspect
@@ -50,7 +50,7 @@ class Servers:
     """Both servers as the image starts them, without their dependencies, and what they report about themselves."""
 
     def __init__(self) -> None:
-        nobody = 1  # a port at which nobody listens
+        nobody = 1  # a port on which nothing listens
         behind: dict[str, dict[str, Any]] = {
             "gateway": {"DOWNSTREAM_URL": f"http://127.0.0.1:{nobody}"},
             "message-service": {"DB_HOST": "127.0.0.1", "DB_PORT": nobody},
@@ -306,7 +306,7 @@ def test_load_balancer_times(manifest: Manifest, servers: Servers) -> None:
     assert int(annotations[f"{ALB}healthy-threshold-count"]) == 2  # the least that an ALB accepts
 
 
-# ---- who reaches whom ------------------------------------------------------------------------------------------
+# ---- allowed connections ---------------------------------------------------------------------------------------
 
 
 def test_ingress(manifest: Manifest, servers: Servers) -> None:
@@ -343,8 +343,8 @@ def test_published_paths(manifest: Manifest, servers: Servers) -> None:
 def test_network_policies(manifest: Manifest) -> None:
     """Exactly the architecture's connections are allowed.
 
-    A load balancer has a private address like every other; so the gateway, which is public anyway, is open to all of
-    those outside its namespace, and to nobody else.
+    A load balancer has a private address like any other, so the gateway, which is public anyway, is open to all private
+    addresses outside its namespace, and to no others.
     """
     peers = [
         Peer("load balancer", "10.0.1.10"),
@@ -368,7 +368,7 @@ def test_network_policies(manifest: Manifest) -> None:
         ("Prometheus", "gateway", web),
         ("gateway", "message-service", message),
         ("Prometheus", "message-service", message),
-        # By port: who is at the other end is not for these policies to say.
+        # By port: these policies do not decide who is at the other end.
         *(("gateway", peer.name, message) for peer in peers if peer not in home),
         *(("message-service", peer.name, postgres) for peer in peers if peer not in home),
         *(

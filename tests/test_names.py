@@ -1,6 +1,6 @@
 """Host names: a look-up never blocks the event loop, and a changed address is found at once.
 
-Each server gets a /etc/resolv.conf of its own, in a mount namespace, that points to a name server of the test.
+Each server gets its own /etc/resolv.conf, in a mount namespace, which points to the test's name server.
 """
 
 import asyncio

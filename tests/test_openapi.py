@@ -1,7 +1,7 @@
 """openapi.yaml describes what the gateway does, completely, and nothing else.
 
-Schemathesis compares the answers of the running system with the description: status, header fields, body, and that
-other methods are refused. What it can not bring about, the failures, is brought about here.
+Schemathesis compares the running system's answers with the description: status, header fields, body, and the refusal of
+other methods. It cannot cause failures, so the tests here do.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The page at / in a real browser, Debian's Chromium: what a person sees when all is well and when something fails.
 
-After each test its page has to be without faults: no error in the console, nothing that the Content-Security-Policy
-refused, nothing asked of anybody but the gateway.
+After each test, its page must be without faults: no error in the console, nothing that the Content-Security-Policy
+refused, no request except to the gateway.
 """
 
 import itertools
@@ -28,7 +28,7 @@ if not CHROMIUM:
     pytest.skip(
         "the page is not tested: there is no chromium (Debian: apt-get install chromium)", allow_module_level=True
     )
-FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # Playwright adds what else keeps a browser quiet
+FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # Playwright adds the rest that keeps a browser quiet
 SHORTER = "const limit = AbortSignal.timeout; AbortSignal.timeout = time => limit.call(AbortSignal, time / 10);"
 DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=390, height=844)
 RED = "rgb(179, 38, 30)"
@@ -49,8 +49,8 @@ class Faults:
         page.on("request", self._request)
 
     def _console(self, message: ConsoleMessage) -> None:
-        # Chromium itself records each failed fetch as an error. A page cannot prevent that, and showing those
-        # failures is what it is for; so the record is left out for what it polls, and for nothing else.
+        # Chromium itself records each failed fetch as an error. A page cannot prevent that, and this page exists to
+        # show those failures; so records about the URLs that it polls are ignored, and no others.
         polled = message.location["url"] in (f"{self.origin}/api/string", f"{self.origin}/healthz")
         if not (polled and message.text.startswith("Failed to load resource: ")) and message.type != "log":
             self.found.append(message.text)

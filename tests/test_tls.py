@@ -1,6 +1,6 @@
 """TLS to the database: the service connects wherever libpq does with the same DB_SSLMODE; if it cannot, it says why.
 
-The server is a real PostgreSQL with TLS; its rules in pg_hba.conf decide which connections it takes.
+The server is a real PostgreSQL with TLS; its rules in pg_hba.conf decide which connections it accepts.
 """
 
 import asyncio

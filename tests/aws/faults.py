@@ -1,7 +1,7 @@
 """Faults for aws/template.yaml, made mechanically: each changes the template in one place, and is wrong.
 
-A kind of fault is a function that yields a changed template for every place where it can happen. So whatever the
-template comes to say is tried out too. Prose (descriptions, names of statements) is left alone.
+A kind of fault is a function that yields a changed template for every place where it can happen, so it also covers
+later additions to the template. Prose (descriptions, names of statements) is left alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How IAM decides on one call to AWS, for the policies of aws/template.yaml.
 
-Rules, as IAM has them: without an Allow that matches a call is refused, and a Deny that matches refuses it whatever
-else allows it. Actions match without regard to case, `*` and `?` are wildcards, and a condition on a key that the call
-does not have fails. A kind of statement or condition that is not known here is an error, never skipped.
+IAM's rules: a call without a matching Allow is refused, and a matching Deny refuses it whatever allows it. Actions
+match regardless of case, `*` and `?` are wildcards, and a condition on a key that the call lacks fails. An unknown kind
+of statement or condition is an error here, never skipped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def granted_by(statements: list[dict[str, Any]], call: Call) -> list[set[Part]]:
 def neighbours(call: Call) -> list[Call]:
     """Calls that differ in one point: another region, account or resource, a missing tag or a different one.
 
-    A part of a resource's name in angle brackets, `security-group/<id>`, stands for any: it is not changed.
+    A part of a resource's name in angle brackets, `security-group/<id>`, is a placeholder, and stays unchanged.
     """
     *arn, name = call.resource.split(":", 5)
     path = name.split("/")

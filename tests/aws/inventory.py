@@ -1,7 +1,7 @@
 """Every resource of aws/template.yaml and every property that it may have; the template must have no other.
 
-The default of what it does not say is known to be right. So a name that is added here needs a test of its value.
-A `#` stands for the number of a zone. Documents (policies, tags) are compared whole, in test_aws.py.
+For the properties that it omits, AWS's defaults are known to be right. So a name added here needs a test of its value.
+A `#` is a placeholder for a zone's number. Documents (policies, tags) are compared whole, in test_aws.py.
 """
 
 from __future__ import annotations

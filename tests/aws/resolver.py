@@ -1,11 +1,11 @@
 """What a CloudFormation template creates for given parameters: with conditions decided and functions resolved.
 
-Nothing is created, so thousands of variations of a template can be looked at in a test run. Rules:
+Nothing is really created, so a test run can examine thousands of variations of a template. Rules:
 
-- `Ref` gives a resource's own name where the template gives it one, else its logical ID; `Fn::GetAtt` gives
+- `Ref` returns a resource's own name if the template sets one, else its logical ID; `Fn::GetAtt` returns
   `LogicalId.Attribute`. So a property reads like the architecture: `SubnetId` is `PublicSubnet1`.
-- A function, a section or an attribute of a resource that is not known here is an error, never skipped.
-- So is a reference to a resource that does not exist under these parameters, and a circle of references.
+- A function, section or resource attribute that is unknown here is an error, never skipped.
+- So is a reference to a resource that does not exist under these parameters, or a cycle of references.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """aws/template.yaml: linted, validated, and compared with the architecture. No test reaches AWS.
 
-cfn-lint and cloudformation-validate know what CloudFormation and the services accept; the latter also runs the rules
-of rules.guard. The tests with the fixture `stack` know what this project wants: they ask the resolved template
-(resolver.py) and IAM's rules (iam.py). At the end, thousands of faults are put into the template, one at a time
-(faults.py): each must be found.
+cfn-lint and cloudformation-validate know what CloudFormation and the services accept; the latter also runs the rules in
+rules.guard. The tests with the fixture `stack` know what this project needs: they check the resolved template
+(resolver.py) against it, and IAM's rules (iam.py). At the end, thousands of faults are put into the template, one at a
+time (faults.py): each must be found.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """docs/kubernetes.md and docs/aws.md: every command runs as written, in the page's order, and fits k8s.yaml.
 
-The shell is real; kubectl, aws, helm, docker and curl are stand-ins that write down what they are asked and answer what
-the page goes on with. What they were asked is then checked: by botocore's models of the services, by kubectl's own
-command line where there is one, and against what k8s.yaml needs.
+The shell is real; kubectl, aws, helm, docker and curl are stand-ins that record their arguments and print what the page
+needs next. The tests then check these arguments: with botocore's models of the services, with kubectl's own command
+line if it is installed, and against the needs of k8s.yaml.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SERVICES = ("gateway", "message-service")
 PAGES = ("docs/kubernetes.md", "docs/aws.md")
 STAND_INS = ("aws", "curl", "docker", "git", "helm", "kubectl")
 
-# What a command prints whose words match; the first match counts.
+# What a command prints if its words match; the first match counts.
 ANSWERS = {
     r"OutputKey=='ClusterName'": "messages",
     r"OutputKey=='KubeconfigCommand'": "aws eks update-kubeconfig --region eu-central-1 --name messages",
@@ -184,7 +184,7 @@ def test_stack_is_the_templates() -> None:
     assert f"--log-group-name {stack.resources['ClusterLogGroup']['LogGroupName']} " in text
 
 
-# What the AWS CLI adds to the services' own operations, with the options that the page may use.
+# Commands that the AWS CLI adds to the services' operations, with the options that the page may use.
 CUSTOM = {
     ("cloudformation", "deploy"): "stack-name template-file capabilities disable-rollback tags parameter-overrides",
     ("ecr", "get-login-password"): "",

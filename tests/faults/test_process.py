@@ -252,7 +252,7 @@ class Balanced:
 async def test_a_rolling_restart(observed: StartObserved, database: Database, note: RowOf, tmp_path: Path) -> None:
     """No request fails, with a drain longer than haproxy's interval between two checks.
 
-    And with none of its usual retries, which would hide a connection that was refused.
+    haproxy's usual retries are off: they would hide a refused connection.
     """
     if not shutil.which("haproxy"):
         pytest.skip("needs haproxy")

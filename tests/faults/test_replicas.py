@@ -1,8 +1,8 @@
 """Two replicas of each server; when one of them, or the database, breaks, no client's request fails.
 
-The message services stand behind one address that gives each new connection to one of them at random, as a Kubernetes
-Service does: iptables does it where the test may make a network namespace, else a small forwarder. The load is open
-loop: 100 requests a second, half of them to each gateway, whatever becomes of those before.
+The message services share one address that gives each new connection to one of them at random, as a Kubernetes Service
+does: with iptables if the test may create a network namespace, else with a small forwarder. The load is an open loop:
+100 requests a second, half to each gateway, whatever the fate of earlier ones.
 """
 
 import asyncio

@@ -3,10 +3,10 @@
 postgres   a PostgreSQL cluster of our own: start, stop, kill, freeze; databases in it
 pooler     PgBouncer in front of it
 processes  the servers as a user starts them, with their log lines
-network    what stands between them: proxies, ports that refuse, peers that say garbage, DNS
+network    what stands between them: proxies, ports that refuse, peers that send garbage, DNS
 client     HTTP as a client sees it, down to the bytes
 
-Nothing here knows the inside of a server. Whatever is started is ended by the fixtures in conftest.py.
+Nothing here knows a server's internals. The fixtures in conftest.py end whatever is started.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def eventually(condition: Callable[[], Any], within: float = 5, every: float = 0.02) -> Any:
-    """Return the condition's value as soon as it is true; AssertionError when it is not `within` seconds.
+    """Return the condition's value as soon as it is true; AssertionError if it is not, `within` these seconds.
 
     The condition may be a coroutine function, and an AssertionError that it raises counts as "not yet".
     """
@@ -51,8 +51,8 @@ def wait_until(condition: Callable[[], Any], within: float, fault: Callable[[], 
 def reserve_port(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
     """A socket that is bound but does not listen: until another process listens there, connecting is refused.
 
-    SO_REUSEADDR lets a server listen on the port meanwhile, and the kernel hands the port to nobody else:
-    neither to another listener nor as the local port of a client's connection, which would connect to itself.
+    SO_REUSEADDR lets a server listen on the port meanwhile, and the kernel gives it to no other: neither to a listener
+    nor as the local port of a client's connection, which would connect to itself.
     """
     reservation = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,6 +1,7 @@
 """HTTP as a client sees it, with nothing between the test and the bytes.
 
-No HTTP library: those retry, follow, pool and refuse to send nonsense, and so hide what a server does.
+No HTTP library: libraries retry, follow redirects, pool connections and refuse to send nonsense, and so hide what a
+server does.
 """
 
 import asyncio

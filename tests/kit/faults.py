@@ -1,8 +1,8 @@
 """The assertions that apply to each fault: time, statuses, recovery, footprint, log lines. And the table.
 
-The fixtures and hooks are taken over by conftest.py; the tests are in tests/faults/. The quick ones run with all
-others, the whole matrix with `make faults`, which also writes the table in docs/faults.md. Each test tells its row
-of it with the marker `fault`: where it belongs, what happens, what a client sees.
+conftest.py imports the fixtures and hooks; the tests are in tests/faults/. The quick ones run with all others, the
+whole matrix with `make faults`, which also writes the table in docs/faults.md. Each test's marker `fault` has its row
+in the table: the area, the fault, and what a client sees.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ RECOVERY = 1.0  # seconds after the cause is gone in which the first good answer
 SLACK = 0.2  # seconds that an answer may come after its time limit
 MEMORY = 24 * 1024 * 1024  # bytes that a process may have kept after a fault: the allocator's own spare included
 
-# The server as it is, started as a user does, that also tells at /tasks how many asyncio tasks it has.
+# The real server, started as a user does, which also serves its number of asyncio tasks at /tasks.
 OBSERVED = """
 import asyncio, functools, runpy, sys
 from aiohttp import web
@@ -123,7 +123,7 @@ class Chain:
     ) -> AsyncIterator[Clients]:
         """Inside, break something, and repair it before leaving; then everything that must hold is asserted.
 
-        `statuses` may come beside 200. `lost`: requests under way may end without an answer.
+        `statuses` are allowed besides 200. `lost`: requests in flight may end without an answer.
         """
         before = {server.pid: await footprint(server) for server in self.servers}
         began = time.monotonic()
@@ -200,7 +200,7 @@ IPTables = Callable[..., None]
 def network_if_permitted() -> Iterator[IPTables | None]:
     """A network namespace for this test alone: yields an executor of `iptables` in it. Ask for it before anything else.
 
-    Yields None where the test may not make one.
+    Yields None if the test may not create one.
     """
     libc = ctypes.CDLL(None, use_errno=True)
 

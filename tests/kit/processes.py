@@ -1,8 +1,8 @@
 """The servers as a user starts them: `python -m gateway` with settings in the environment.
 
-A server's log is read all the time by threads, so a server lives as long as its fixture, whatever event loop
-each test runs in. A line that is no JSON object, anything on stdout, a traceback or a Python warning in the log are
-faults, unless the test says that it expects them.
+Threads read a server's log all the time, so a server lives as long as its fixture, whatever event loop each test runs
+in. A log line that is not a JSON object, output on stdout, a traceback or a Python warning fails the test, unless the
+test expects it.
 """
 
 import json
