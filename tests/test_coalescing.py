@@ -1,4 +1,4 @@
-"""`Coalescer` alone, by a clock that the test moves: every order of events that can matter, and the corners by name.
+"""`Coalescer` alone, on a clock that the test controls: every order of events that can matter, and named corner cases.
 
 `World` surrounds a coalescer with callers and runs, and checks its guarantees at each event: it numbers all arrivals,
 starts and ends, so that "a run that started after this caller arrived" is a fact and no matter of luck.
@@ -32,7 +32,7 @@ Args = TypeVarTuple("Args")
 
 
 class ManualLoop(asyncio.SelectorEventLoop):
-    """An event loop that runs one iteration when it is told to, by a clock that stands still otherwise."""
+    """An event loop that runs one iteration when told to, on a clock that otherwise stands still."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -58,7 +58,7 @@ class ManualLoop(asyncio.SelectorEventLoop):
         return self.timers[-1]
 
     def tick(self) -> None:
-        """Run one iteration: what is ready, and the timers that are due."""
+        """Run one iteration: whatever is ready, and the timers that are due."""
         self.busy = False
         self.stop()
         self.run_forever()
@@ -87,7 +87,7 @@ class Run:
 
 
 class Caller:
-    """One who asks: when it came, and what it got."""
+    """A caller: when it came, and what it got."""
 
     def __init__(self) -> None:
         self.task: asyncio.Task[Run]
@@ -97,14 +97,14 @@ class Caller:
 
 
 class Transient(Exception):
-    """An error that is repeated."""
+    """An error worth repeating."""
 
 
 CALLER: contextvars.ContextVar[Caller] = contextvars.ContextVar("caller")
 
 
 class World:
-    """A coalescer with its callers and runs; `AssertionError` out of any step when a guarantee is broken."""
+    """A coalescer with its callers and runs; any step raises `AssertionError` if a guarantee is broken."""
 
     def __init__(self, loop: ManualLoop, limit: int = 2, timeout: float = TIMEOUT, patience: float = PATIENCE) -> None:
         self.loop, self.limit, self.timeout, self.patience = loop, limit, timeout, patience
@@ -188,7 +188,7 @@ class World:
         return [caller for caller in self.callers if caller.arrived is not None and not caller.task.done()]
 
     def answered_at(self, before: float = math.inf) -> float:
-        """When somebody was answered last."""
+        """When a caller was last answered."""
         times = [run.ended_at for run in self.runs if run.outcome == "answered"]
         return max((time for time in times if time < before), default=0)
 
@@ -204,7 +204,7 @@ class World:
     # Checks
 
     def _expect(self, condition: bool, message: str) -> None:
-        """Remember what is wrong: an error raised in a callback would not reach the test."""
+        """Record a violation: an error raised in a callback would not reach the test."""
         if not condition:
             self.broken.append(message)
 
@@ -226,7 +226,7 @@ class World:
             self._expect(self.loop.time() > since + self.patience - MOMENT, "nobody was late")
 
     def check(self) -> None:
-        """Check what holds at any time; and what holds when all that can happen at this time has happened."""
+        """Check what holds at any time, and what holds once everything possible at this time has happened."""
         assert not self.broken, self.broken
         assert not self.loop.complaints, self.loop.complaints
         if self.loop.busy:
@@ -280,17 +280,17 @@ class World:
         self.loop.busy = True
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass, and all that is due happen."""
+        """Let time pass, and everything due happen."""
         self.advance(seconds)
         self.settle()
 
     def live(self, seconds: float, step: float = 0.001) -> None:
-        """Let time pass in small steps, so that all that is due happens when it is due."""
+        """Let time pass in small steps, so that everything happens when it is due."""
         for _ in range(round(seconds / step)):
             self.sleep(step)
 
     def arrive(self) -> Caller:
-        """Somebody asks, in the next iteration of the event loop."""
+        """A caller asks, in the next iteration of the event loop."""
         caller = Caller()
         self.callers.append(caller)
         context = contextvars.Context()
@@ -298,7 +298,7 @@ class World:
         return caller
 
     def arrived(self, number: int = 1) -> list[Caller]:
-        """So many ask, and all that follows happens."""
+        """This many callers ask, and everything that follows happens."""
         callers = [self.arrive() for _ in range(number)]
         self.settle()
         return callers
@@ -314,7 +314,7 @@ class World:
         run.end.set_exception(error or LookupError("the run's error"))
 
     def finish(self) -> None:
-        """Answer whoever waits; then nothing may be left over, and the next caller be served at once."""
+        """Answer all waiting callers; then nothing may be left over, and the next caller must be served at once."""
         self.settle()
         while self.waiting():
             if runs := self.unfinished():
@@ -340,7 +340,7 @@ class World:
                 caller.task.exception()  # retrieved here: what else is never retrieved is the coalescer's
 
     def unfinished(self) -> list[Run]:
-        """Runs whose end the test has not told yet."""
+        """Runs that the test has not ended yet."""
         return [run for run in self.in_flight() if not run.end.done()]
 
     def cancellable(self) -> list[Caller]:
@@ -349,7 +349,7 @@ class World:
 
 @pytest.fixture
 def loop() -> Iterator[ManualLoop]:
-    """An event loop that nothing was left over in."""
+    """An event loop, checked for leftovers at the end."""
     loop = ManualLoop()
     yield loop
     gc.collect()
@@ -456,7 +456,7 @@ FAILED = (*A_RUN, first_run_fails, tick)  # its repeat is planned
 
 
 def explore(loop: ManualLoop, limit: int, prefix: tuple[Event, ...], depth: int) -> int:
-    """Live through `prefix` and each way that up to `depth` events can follow it; how many histories that were."""
+    """Play `prefix` and each sequence of up to `depth` events that can follow it; return the number of histories."""
     world = World(loop, limit)
     try:
         happened = [event(world) for event in prefix]
@@ -488,7 +488,7 @@ def explore(loop: ManualLoop, limit: int, prefix: tuple[Event, ...], depth: int)
 def test_every_short_history_keeps_the_guarantees(
     loop: ManualLoop, limit: int, situation: tuple[Event, ...], depth: int
 ) -> None:
-    """Whatever follows in whichever order, callers are answered freshly, in time, and nothing is left over."""
+    """Whatever follows, in any order, callers get fresh answers in time, and nothing is left over."""
     assert explore(loop, limit, situation, depth) > 200
 
 
@@ -501,7 +501,7 @@ def test_every_short_history_keeps_the_guarantees(
 )
 @given(limit=st.integers(1, 4), events=st.lists(st.sampled_from([arrive, tick, *EVENTS]), max_size=60))
 def test_long_histories_keep_the_guarantees(loop: ManualLoop, limit: int, events: list[Event]) -> None:
-    """The same of histories that are long enough for several batches, and taken at random."""
+    """The same for random histories that are long enough for several batches."""
     world = World(loop, limit)
     for event in events:
         event(world)
@@ -513,7 +513,7 @@ def test_long_histories_keep_the_guarantees(loop: ManualLoop, limit: int, events
 
 @pytest.fixture
 def world(loop: ManualLoop) -> Iterator[World]:
-    """A world with a limit of two runs, which may take seconds before they are late."""
+    """A world with a limit of two runs, which are late only after seconds."""
     world = World(loop, timeout=5, patience=10)
     yield world
     world.finish()
@@ -528,7 +528,7 @@ def trouble(loop: ManualLoop) -> Iterator[World]:
 
 
 def outcome(caller: Caller) -> Any:
-    """What a caller got: its answer, or its error."""
+    """A caller's outcome: its answer, or its error."""
     assert caller.task.done()
     return caller.task.exception() or caller.task.result()
 
@@ -546,7 +546,7 @@ def starts(world: World) -> list[float]:
 
 
 def test_callers_share_a_run_until_its_first_step(world: World) -> None:
-    """Those who come in the tick in which the run's task is made are served by it; those who come later are not."""
+    """It serves callers of the tick in which its task is created, but not later ones."""
     early = [world.arrive(), world.arrive()]
     world.tick()
     assert not world.runs
@@ -559,7 +559,7 @@ def test_callers_share_a_run_until_its_first_step(world: World) -> None:
 
 
 def test_a_batch_waits_five_milliseconds_for_a_run_of_seconds(world: World) -> None:
-    """Counted from the batch's first caller, to the moment."""
+    """Exactly, counted from the batch's first caller."""
     (first,) = world.arrived()
     world.sleep(2)
     batch = world.arrived()
@@ -574,7 +574,7 @@ def test_a_batch_waits_five_milliseconds_for_a_run_of_seconds(world: World) -> N
 
 
 def test_at_the_limit_a_batch_waits_for_the_end_of_a_run(world: World) -> None:
-    """However long that takes; and then it starts at once, with all who have come meanwhile."""
+    """However long that takes; then it starts at once, with everyone who has come meanwhile."""
     fill(world)
     batch = []
     for _ in range(5):
@@ -589,7 +589,7 @@ def test_at_the_limit_a_batch_waits_for_the_end_of_a_run(world: World) -> None:
 
 
 def test_a_run_counts_until_it_has_ended(loop: ManualLoop) -> None:
-    """One that takes its time to clean up when it is cancelled still takes the room of one."""
+    """A cancelled run that takes time to clean up still counts towards the limit."""
     running = 0
     cleaned_up = loop.create_future()
 
@@ -620,7 +620,7 @@ def test_a_run_counts_until_it_has_ended(loop: ManualLoop) -> None:
 
 
 def test_each_caller_has_its_own_time_limit(world: World) -> None:
-    """From its arrival, also where it only waits; who came later can still be answered."""
+    """From its arrival, even if it only waits; later callers can still be answered."""
     fill(world)
     callers = []
     for _ in range(3):
@@ -637,7 +637,7 @@ def test_each_caller_has_its_own_time_limit(world: World) -> None:
 
 
 def test_a_timeout_names_the_caller_whom_the_last_run_was_started_for(world: World) -> None:
-    """In whose name something was asked that has not answered."""
+    """In its name a call was made that has not been answered."""
     fill(world)
     (waiting,) = world.arrived()
     world.sleep(5)
@@ -647,7 +647,7 @@ def test_a_timeout_names_the_caller_whom_the_last_run_was_started_for(world: Wor
 
 
 def test_a_run_acts_in_a_copy_of_its_openers_context(loop: ManualLoop) -> None:
-    """It sees what its opener had set when it asked, and changes nothing for anybody."""
+    """It sees what its opener had set when it asked, and changes nothing for others."""
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
 
     async def function() -> str:
@@ -667,7 +667,7 @@ def test_a_run_acts_in_a_copy_of_its_openers_context(loop: ManualLoop) -> None:
 
 
 def test_an_error_is_shared(world: World) -> None:
-    """All callers of the run get the very error that it raised, those of the next run do not."""
+    """All callers of the run get the error that it raised, and those of the next run do not."""
     callers = world.arrived(3)
     (late,) = world.arrived()
     world.fail(world.runs[0])
@@ -680,7 +680,7 @@ def test_an_error_is_shared(world: World) -> None:
 
 @pytest.mark.parametrize("leaver", [0, 1, 2])
 def test_a_caller_that_leaves_disturbs_nobody(world: World, leaver: int) -> None:
-    """Be it the one that opened the batch, or another, before or after the run's start."""
+    """Whether or not it opened the batch, before or after the run's start."""
     for callers in (world.arrived(3), world.arrived(3)):
         world.cancel(callers[leaver])
         world.settle()
@@ -693,7 +693,7 @@ def test_a_caller_that_leaves_disturbs_nobody(world: World, leaver: int) -> None
 
 
 def test_a_caller_that_leaves_when_its_time_is_up_holds_up_nobody(world: World) -> None:
-    """The run goes on for the one that came later and has time left."""
+    """The run goes on for a later caller that has time left."""
     world.arrived()
     (early,) = world.arrived()
     world.sleep(0.6 * ADDED_DELAY)
@@ -724,7 +724,7 @@ def test_a_batch_is_dropped_when_the_last_ones_time_is_up(loop: ManualLoop) -> N
 
 
 def test_when_all_have_left_the_runs_are_cancelled(world: World) -> None:
-    """And a batch that still waits is dropped."""
+    """A waiting batch is dropped, too."""
     callers = world.arrived(3) + world.arrived(2)
     for caller in reversed(callers):
         world.cancel(caller)
@@ -745,7 +745,7 @@ def test_a_batch_that_is_abandoned_when_its_run_is_due_gets_none(world: World) -
 
 
 def test_a_run_that_is_cancelled_by_others_is_an_error(loop: ManualLoop) -> None:
-    """Nobody is left waiting, nor cancelled without having been cancelled; the next caller is served."""
+    """No caller is left waiting, or cancelled by mistake; the next caller is served."""
     cancels_itself = True
 
     async def function() -> str:
@@ -800,7 +800,7 @@ def test_a_caller_costs_neither_a_task_nor_a_timer(world: World) -> None:
 
 
 def test_a_late_run_gets_company(trouble: World) -> None:
-    """After 50 ms, the next after 100 more; whichever answers first settles everybody, and the others are cancelled."""
+    """After 50 ms, and again after 100 more; the first answer settles every caller, and other runs are cancelled."""
     callers = trouble.arrived(3)
     trouble.live(0.16)
     assert starts(trouble) == [0, 0.05, 0.15]
@@ -812,7 +812,7 @@ def test_a_late_run_gets_company(trouble: World) -> None:
 
 
 def test_company_answers_who_came_later_too(trouble: World) -> None:
-    """It started after them; and the first run's answer, which comes later, is good for nobody any more."""
+    """It started after them; the first run's answer comes later, and no longer helps anyone."""
     (first,) = trouble.arrived()
     trouble.sleep(0.049)
     (second,) = trouble.arrived()
@@ -824,7 +824,7 @@ def test_company_answers_who_came_later_too(trouble: World) -> None:
 
 
 def test_at_the_limit_the_second_oldest_makes_room(trouble: World) -> None:
-    """Never the oldest, which ends first when all are merely slow."""
+    """Never the oldest, which ends first if all are merely slow."""
     fill(trouble)
     trouble.live(1)
     cancelled = [run for run in trouble.runs if run.outcome == "cancelled"]
@@ -835,7 +835,7 @@ def test_at_the_limit_the_second_oldest_makes_room(trouble: World) -> None:
 
 
 def test_a_single_run_gets_no_company(loop: ManualLoop) -> None:
-    """There is no room for any."""
+    """There is no room for it."""
     world = World(loop, limit=1, timeout=5, patience=0.05)
     world.arrived()
     world.sleep(2)
@@ -844,7 +844,7 @@ def test_a_single_run_gets_no_company(loop: ManualLoop) -> None:
 
 
 def test_company_comes_ever_more_rarely(trouble: World) -> None:
-    """Up to 0.4 s apart; and not at all after two seconds, when it has become unlikely to help."""
+    """Up to 0.4 s apart; and no more after two seconds, when it is unlikely to help."""
     trouble.arrived()
     trouble.live(4.9, step=0.01)
     gaps = [round(after - before, 2) for before, after in itertools.pairwise(starts(trouble))]
@@ -864,7 +864,7 @@ def test_an_answer_ends_the_trouble(trouble: World) -> None:
 
 
 def test_what_is_usually_slow_is_not_late(trouble: World) -> None:
-    """A run is late when it takes four times as long as most do; a single slow one does not change that."""
+    """A run is late once it takes four times as long as most do; a single slow one does not change that."""
 
     def company_for_a_run_of(seconds: float) -> int:
         count = len(trouble.runs)
@@ -883,7 +883,7 @@ def test_what_is_usually_slow_is_not_late(trouble: World) -> None:
 
 
 def test_a_failed_run_is_repeated(trouble: World) -> None:
-    """After 10, 20 and 40 ms; then everybody is answered, and knows nothing of it."""
+    """After 10, 20 and 40 ms; then every caller is answered, unaware of the failures."""
     callers = trouble.arrived(3)
     for number, seconds in enumerate(REPEATS):
         trouble.fail(trouble.runs[number], Transient())
@@ -899,7 +899,7 @@ def test_a_failed_run_is_repeated(trouble: World) -> None:
 
 
 def test_who_comes_after_a_failure_need_not_wait_for_its_repeat(trouble: World) -> None:
-    """Nothing is in flight, so that a run starts at once; it answers who waits for the repeat as well."""
+    """No run is in flight, so one starts at once; it also answers callers who wait for the repeat."""
     (first,) = trouble.arrived()
     trouble.fail(trouble.runs[0], Transient())
     trouble.settle()
@@ -912,7 +912,7 @@ def test_who_comes_after_a_failure_need_not_wait_for_its_repeat(trouble: World) 
 
 
 def test_runs_for_those_who_come_meanwhile_are_no_repeats(trouble: World) -> None:
-    """However many of them fail in the first second, what failed is still repeated afterwards."""
+    """However many of them fail in the first second, a failed run is still repeated afterwards."""
     callers = []
     for _ in range(100):
         callers += trouble.arrived()
@@ -928,7 +928,7 @@ def test_runs_for_those_who_come_meanwhile_are_no_repeats(trouble: World) -> Non
 
 
 def test_an_error_that_is_not_to_be_repeated_is_told_at_once(trouble: World) -> None:
-    """A defect does not go away by another try."""
+    """Another try does not cure a defect."""
     (caller,) = trouble.arrived()
     trouble.fail(trouble.runs[0])
     trouble.settle()
@@ -937,7 +937,7 @@ def test_an_error_that_is_not_to_be_repeated_is_told_at_once(trouble: World) -> 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_failure_is_not_told_while_another_run_can_answer(trouble: World, first: int) -> None:
-    """Neither the first run's nor its company's, but that of the last of them."""
+    """Callers get neither the first run's error nor its company's, but that of the last run to fail."""
     (caller,) = trouble.arrived()
     trouble.live(0.05)
     for number in (first, 1 - first):
@@ -948,7 +948,7 @@ def test_a_failure_is_not_told_while_another_run_can_answer(trouble: World, firs
 
 
 def test_after_two_seconds_of_failures_errors_are_told_at_once(trouble: World) -> None:
-    """So that a long outage costs no more runs than there are requests; an answer ends that."""
+    """So a long outage costs no more runs than there are requests; an answer ends this."""
     began = trouble.loop.now
     (first,) = trouble.arrived()
     while not first.task.done():
@@ -975,7 +975,7 @@ def test_after_two_seconds_of_failures_errors_are_told_at_once(trouble: World) -
 
 
 def test_whose_time_is_up_gets_the_last_error(loop: ManualLoop) -> None:
-    """Which says more than that time is up; but not the error of a run from before it came."""
+    """Which says more than a time-out; but never the error of a run from before it came."""
     world = World(loop, limit=2, timeout=0.1, patience=10)
     (early,) = world.arrived()
     world.fail(world.runs[0], Transient())
@@ -990,7 +990,7 @@ def test_whose_time_is_up_gets_the_last_error(loop: ManualLoop) -> None:
 
 @pytest.mark.parametrize("pause", [0.05, 0.3])
 def test_the_load_of_a_long_silence_is_as_without_company(pause: float) -> None:
-    """What has not answered for some seconds gets no more runs than it would if none were ever late."""
+    """Callers that stay unanswered for some seconds cause no more runs than if none were ever late."""
 
     def runs(patience: float) -> int:
         loop = ManualLoop()
