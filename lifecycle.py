@@ -78,7 +78,7 @@ async def serve(
         give_up = loop.time() + LAST_ACCEPTS
         while is_readable(listener) and loop.time() < give_up and not hurry.is_set():
             await wait_for_event(hurry, 0.001)
-        # Stop accepting first, then close: asyncio fails if a connection arrives in between (CPython gh-109564).
+        # Stop accepting, then close: asyncio fails if it closes while accepting a connection (CPython gh-109564).
         loop.remove_reader(listener)
         await asyncio.sleep(0.01)
         acceptor.close()

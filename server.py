@@ -31,7 +31,7 @@ KEEPALIVE_TIMEOUT = 75.0  # seconds; longer than the 60 for which an AWS load ba
 HALF_CLOSED_CHECKS = 100  # at most, one each hundredth of a second, of whether a half-closed connection is idle
 LINGERING_TIME = 1.0  # seconds for which the rest of a request's body is read and discarded after the response
 SEND_TIMEOUT = 10.0  # seconds in which a client must read most of what it has been sent
-LAST_REQUESTS = 0.2  # seconds in which the connections accepted last must send their requests
+LAST_REQUESTS = 0.2  # seconds in which the last connections accepted must send their requests
 MAX_FIELD = 16_384  # bytes of a header field; a load balancer passes on as many
 MAX_TARGET = 16_000  # bytes of a request's target; differs from MAX_FIELD, since aiohttp's error names only the limit
 MAX_FIELDS = 256
@@ -58,7 +58,7 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 
 class Server(web.Server):
-    """Serves an application: a context manager that starts and ends it. Call it for a protocol for a socket, as
+    """Serves an application: a context manager that starts and ends it. Call it to get a protocol for a socket, as
     `loop.create_server` does.
 
     It stands around the application, since middlewares and signals never see the answers of aiohttp's router and
@@ -229,7 +229,7 @@ class Server(web.Server):
         self._open.pop(handler, None)
 
     def _make_room(self) -> None:
-        """Close some of the oldest idle connections, so that clients that hold many lock out no other, nor a probe."""
+        """Close some of the oldest idle connections: clients that hold many must not lock out others, or probes."""
         limit = self._max_connections
         self._failures.write("full", logging.WARNING, "too many connections: closing the oldest idle ones", limit=limit)
         idle = [connection for connection in self._open if self.is_idle(connection)]
@@ -301,7 +301,7 @@ class _Connection(web.RequestHandler):
         self._stalled: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """Limit for how long a client that does not read can occupy memory."""
+        """Limit how long a client that does not read can occupy memory."""
         super().pause_writing()
         if self.transport:
             self._stalled = asyncio.get_running_loop().call_later(SEND_TIMEOUT, self.transport.abort)
