@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from coalescing import Coalescer, RunTimeoutError
 
-# What is promised, in seconds, whatever the module's constants say.
+# The promised times, in seconds, whatever the module's constants are.
 ADDED_DELAY = 0.005
 LONGEST_WAIT = 0.4
 TROUBLE_WINDOW = 2.0
@@ -337,7 +337,7 @@ class World:
             assert run.settled <= settled <= run.settled + run.perhaps_settled + left, "not what was observed of a run"
         for caller in self.callers:
             if not caller.task.cancelled():
-                caller.task.exception()  # retrieved here: what else is never retrieved is the coalescer's
+                caller.task.exception()  # retrieved here: any other exception never retrieved is the coalescer's
 
     def unfinished(self) -> list[Run]:
         """Runs that the test has not ended yet."""

@@ -204,7 +204,7 @@ async def test_a_query_cancelled_on_the_server_gets_an_answer(service: Server, d
         cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
 
         def is_answered() -> bool:
-            database.sql(cancel, database.name)  # again and again, since a late query gets company
+            database.sql(cancel, database.name)  # repeatedly, since a late query gets company
             return waiting.done()
 
         await eventually(is_answered)

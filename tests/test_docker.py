@@ -98,7 +98,7 @@ class Composition:
     def __init__(self, image: str, env_file: Path) -> None:
         self.project = f"messages-test-{secrets.token_hex(4)}"
         self.url = ""
-        self._environment = {"IMAGE": image, "PUBLISH_PORT": "0"}  # over what .env says
+        self._environment = {"IMAGE": image, "PUBLISH_PORT": "0"}  # overrides .env
         self._env_file = env_file
 
     @property
@@ -403,7 +403,7 @@ async def test_a_killed_database_heals(composition: Composition) -> None:
     """Clients are told to retry while it is away, and get the message once it is back."""
     composition("kill", "--signal", "SIGKILL", "postgres")
     first = await get(composition.url)
-    assert first.status in (503, 504)  # 504: a connection that has lost its other end without a word
+    assert first.status in (503, 504)  # 504: for a connection that lost its other end silently
     answer = await get(composition.url)
     assert answer.status == 503
     assert int(answer.headers["Retry-After"]) > 0

@@ -190,7 +190,7 @@ async def test_connections_that_died_silently_cost_nobody_a_request(
     proxy.freeze(new=False)
     for _ in range(5):
         assert (await get(url)).status == 200
-    assert proxy.accepted >= 2  # more where the machine is busy, and the new one late
+    assert proxy.accepted >= 2  # more if the machine is busy, and the new one late
 
 
 async def test_a_stuck_call_holds_up_nobody(start: Start, make_peer: MakePeer) -> None:
@@ -277,4 +277,4 @@ async def test_a_long_silence_costs_no_more_calls_than_can_be_in_flight(start: S
         return len(peer.requests) - before
 
     await ask_for(2.5)
-    assert await ask_for(4) <= MAX_CALLS * (4 + 1 + 1)  # in each second that some of them wait, and those at both ends
+    assert await ask_for(4) <= MAX_CALLS * (4 + 1 + 1)  # in each second of waiting, and in those at both ends

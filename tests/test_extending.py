@@ -13,7 +13,7 @@ from kit import ROOT
 from kit.client import connection, get
 from kit.postgres import Database
 
-# Where in a file a block goes: before the text that this pattern matches.
+# A block's place in its file: before the text that this pattern matches.
 PLACES = {
     "above `application`": r"(?=^def application)",
     "above `class Dependency`": r"(?=^class Dependency)",
@@ -24,7 +24,7 @@ PLACES = {
 }
 
 
-# How far a block is indented there, and what follows it.
+# A block's indentation there, and the text after it.
 ENDS = {
     "in `add_routes`": (" " * 12, ",\n"),
     "in `Settings`": (" " * 4, "\n"),

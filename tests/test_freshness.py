@@ -20,7 +20,7 @@ READS = 10  # by each reader
 PAUSE = 0.1  # seconds that a reader waits between an answer and its next request, at most
 WRITERS = 3
 SLOWNESS = 0.015  # seconds that a slow connection takes for each direction
-LIMIT = 1.5  # seconds; of the calls that meet something frozen
+LIMIT = 1.5  # seconds; for calls that meet a frozen part
 
 
 class History:

@@ -15,7 +15,7 @@ from kit.client import get
 from kit.postgres import Database
 from kit.processes import Server
 
-# What a user's machine may hold: variables that libpq reads, and a locale that is not installed.
+# Traps on a user's machine: variables that libpq reads, and a locale that is not installed.
 ODD: dict[str, Any] = {
     "PGHOST": "elsewhere.invalid",
     "PGPORT": 1,

@@ -81,7 +81,7 @@ async def test_a_broken_database_does_not_flood_the_log(start: Start, cluster: C
             lines = server.logged(path=path)
             assert 2 <= len(lines) <= 1 + seconds
             assert "repeats" not in lines[0]
-            if path != "/api/message":  # how many of those there were is the gateway's choice
+            if path != "/api/message":  # the gateway decides how many of those there are
                 assert sum(line.get("repeats", 1) for line in lines) == asked
         assert len(server.log) <= 1 + (len(kinds) + 1) * (1 + seconds)  # and the warnings
 
@@ -102,7 +102,7 @@ async def test_a_client_can_not_forge_a_line(start: Start) -> None:
             await get(gateway.url + path)
         gateway.terminate()
         assert await gateway.exit_status() == 0
-    assert len(gateway.noise) == 1 + len(paths) + 2  # the first and the last two are the server's life
+    assert len(gateway.noise) == 1 + len(paths) + 2  # the first and the last two are about the server's life
     for line in gateway.noise:
         assert line.rstrip("\n").isprintable()
         assert " INFO " in line

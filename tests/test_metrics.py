@@ -69,7 +69,7 @@ async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
     samples = await scrape(fresh.gateway.url)
     assert total(samples, "coalescing_run_callers_sum outcome=answered") == 3
     assert total(samples, "coalescing_run_callers_bucket le=1.0 outcome=answered") == 3
-    runs = total(samples, "coalescing_run_callers_count")  # more than three where the machine is busy and one was late
+    runs = total(samples, "coalescing_run_callers_count")  # more than three if the machine is busy and one was late
     samples = await scrape(fresh.service.url)
     assert 3 <= total(samples, "coalescing_run_callers_sum outcome=answered") <= runs
     assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
@@ -125,7 +125,7 @@ async def test_a_connection_is_idle_or_used(fresh: System) -> None:
         counts = [
             samples[f"db_client_connection_count db_client_connection_state={state}"] for state in ("used", "idle")
         ]
-        return [count > 0 for count in counts] == [used, not used]  # several, where a late query has got company
+        return [count > 0 for count in counts] == [used, not used]  # several, if a late query got company
 
     await get(url + "/api/message")
     with fresh.database.locked():
@@ -142,7 +142,7 @@ async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> Non
     assert (await get(gateway.url + "/api/string")).status == 503
     samples = await scrape(gateway.url)
     repeats = samples["coalescing_run_callers_count outcome=failed reason=failed"]
-    assert 3 <= repeats <= 7  # fewer where the machine is busy
+    assert 3 <= repeats <= 7  # fewer if the machine is busy
     assert samples["dependency_errors_total error_type=unavailable seen_by=nobody"] == repeats
     assert samples["dependency_errors_total error_type=unavailable seen_by=clients"] == 1
     assert [line["level"] for line in gateway.log if "no client saw" in line["message"]] == ["warning"] * 2

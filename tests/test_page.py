@@ -190,7 +190,7 @@ async def test_the_part_that_fails_is_red(start: Start, cluster: Cluster, show: 
             assert await page.locator("#state").inner_text() == "A part is down"
             assert await page.locator("#problem h2").inner_text() == title
             assert await page.title() == f"{title} · Messages"
-            assert await shown(page) == message  # the last one, said to be that
+            assert await shown(page) == message  # the last one, labelled as such
             assert "Last message, read at" in await page.locator("#read").inner_text()
 
         cluster.stop()
@@ -257,7 +257,7 @@ async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Sh
     page = await show(system.gateway.url)
     await page.get_by_role("button", name="Pause").click()  # so that nothing else is counted
     send = page.get_by_role("button", name="Send 300 requests")
-    for _ in range(5):  # as long as the machine's network changes, Chromium asks again for what it has dropped
+    for _ in range(5):  # while the machine's network changes, Chromium repeats the requests that it has dropped
         before = await runs(system)
         await send.focus()
         await page.keyboard.press("Enter")

@@ -39,7 +39,7 @@ def reader(provider: Provider, database: Database) -> Iterator[Database]:
 async def test_the_schema_is_applied_once_by_ten_at_a_time(empty_database: Database) -> None:
     """All exit 0, and the samples are there once; a message changed since then is kept."""
 
-    # Each is held where it is about to create the table, so that all ten would, if they did not wait for each other.
+    # Each is held just before it creates the table, so that all ten would do so if they did not wait for each other.
     together = empty_database.connect()
     together.cursor().execute("LOCK TABLE pg_class IN SHARE MODE")
     with ThreadPoolExecutor(10) as threads:
@@ -115,7 +115,7 @@ async def test_the_owner_makes_a_role_that_may_only_read(make_cluster: MakeClust
     owner = {"DB_OWNER": database.user, "DB_OWNER_PASSWORD": database.password, "DB_USER": 'me "and" you'}
     for password in ("first", "se\"c'ond \\"):
         settings = database.settings(**owner, DB_PASSWORD=password)
-        # Each is held where it is about to make or change the role, so that all would, if they did not wait in turn.
+        # Each is held just before it creates or changes the role, so that all would do so if they did not wait in turn.
         together = database.connect()
         together.cursor().execute("LOCK TABLE pg_authid IN SHARE MODE")
         applying = [asyncio.create_task(asyncio.to_thread(apply, **settings)) for _ in range(3)]

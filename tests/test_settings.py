@@ -119,7 +119,7 @@ def test_help_tells_every_setting(name: str) -> None:
         told = re.search(rf"^\s+{variable}\b", ended.stdout, re.MULTILINE)
         assert bool(told) == (variable in SERVERS[name] or variable == "HOST"), variable
     table = ended.stdout.split("environment variables:\n")[1].splitlines()
-    assert {len(re.split(r" {2,}", line.strip())) for line in table} == {3}  # columns that do not collide
+    assert {len(re.split(r" {2,}", line.strip())) for line in table} == {3}  # columns that do not overlap
     for default in {"gateway": ["http://localhost:8001", "8000"], "message_service": ["5432", "mydb", "8001"]}[name]:
         assert default in ended.stdout
 

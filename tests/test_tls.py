@@ -253,7 +253,7 @@ async def test_a_home_that_cannot_be_read(
 ) -> None:
     """libpq looks for certificates there. It connects without TLS if it may; else the log says what it cannot read."""
     tls_cluster.configure()
-    (tmp_path / ".postgresql").symlink_to(".postgresql")  # an endless link, which root cannot read either
+    (tmp_path / ".postgresql").symlink_to(".postgresql")  # a link to itself, which not even root can read
     settings = tls_cluster.database().settings(DB_TIMEOUT=10, HOME=tmp_path)
     service = await start("message_service", **settings, DB_SSLMODE=mode or "")
     answer = await get(service.url + "/api/message")

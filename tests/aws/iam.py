@@ -15,7 +15,7 @@ from typing import Any
 
 from resolver import listed
 
-Part = tuple[int, str, Any]  # of which statement, which field of it, which of the field's values
+Part = tuple[int, str, Any]  # the number of its statement, the field, and one of the field's values
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def granted_by(statements: list[dict[str, Any]], call: Call) -> list[set[Part]]:
         if statement["Effect"] != "Allow":
             return []
         grant: set[Part] = {(number, "Effect", "Allow"), *((number, key, value) for key, value in conditions)}
-        # Of two actions, or two resources, that both match, neither is needed.
+        # If two actions, or two resources, match, neither is necessary.
         for key, matching in (("Action", actions), ("Resource", resources)):
             grant |= {(number, key, matching[0])} if len(matching) == 1 else set()
         grants.append(grant)

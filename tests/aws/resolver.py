@@ -19,7 +19,7 @@ Properties = dict[str, Any]
 
 STACK, ACCOUNT = "messages", "123456789012"
 NAMES = ("Name", "LogGroupName", "DBInstanceIdentifier")  # properties that are a resource's own name
-# What may stand in a template, and in each entry of its sections.
+# The keys that a template may have, and each entry of its sections.
 SECTIONS = {"AWSTemplateFormatVersion", "Description", "Parameters", "Mappings", "Conditions", "Resources", "Outputs"}
 ENTRIES = {
     "Parameters": {"Type", "Description", "Default", "AllowedPattern", "AllowedValues", "ConstraintDescription"},
@@ -32,7 +32,7 @@ class TemplateError(Exception):
     """CloudFormation would refuse this, or this module does not know it."""
 
 
-NO_VALUE: Any = object()  # what AWS::NoValue stands for: the property or the list's item is left out
+NO_VALUE: Any = object()  # AWS::NoValue: the property or the list's item is omitted
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Stack:
     region: str
     parameters: Properties = field(init=False)
     resources: dict[str, Properties] = field(default_factory=dict)  # logical ID -> resolved properties
-    waits_for: dict[str, set[str]] = field(default_factory=dict)  # logical ID -> all that is created before it
+    waits_for: dict[str, set[str]] = field(default_factory=dict)  # logical ID -> everything created before it
     outputs: dict[str, Any] = field(init=False)
     _under_way: list[str] = field(default_factory=list)
 

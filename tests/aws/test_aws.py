@@ -35,7 +35,7 @@ TEMPLATE = REPOSITORY / "aws/template.yaml"
 RULES = REPOSITORY / "aws/rules.guard"
 REGIONS = ["eu-central-1", "us-east-1"]
 
-# What a person may deploy: the largest stack, the defaults, the cheapest (from a snapshot), and three zones by name.
+# Possible deployments: the largest stack, the defaults, the cheapest (from a snapshot), and three zones by name.
 REQUIRED = {"PublicAccessCidrs": "203.0.113.7/32"}
 VARIANTS: dict[str, dict[str, str]] = {
     "three zones": {
@@ -538,7 +538,7 @@ def _ec2(actions: str) -> str:
     return " ".join(f"ec2:{action}" for action in actions.split())
 
 
-# Every call that a role has to be able to make. Whatever is not here has to be refused.
+# Every call that a role must be able to make. All others must be refused.
 CALLS: dict[str, list[Call]] = {
     "FlowLogRole": calls("logs:CreateLogStream logs:DescribeLogStreams logs:PutLogEvents", "FlowLogGroup.Arn"),
     # What the AWS Load Balancer Controller 3.5 calls for an Application Load Balancer whose targets are pods. Some
@@ -600,7 +600,7 @@ CALLS: dict[str, list[Call]] = {
             GROUP,
             OWN,
         ),
-        # Load balancers have to get in to the pods, whose security group EKS made.
+        # Load balancers must reach the pods, whose security group EKS created.
         *calls(
             _ec2("AuthorizeSecurityGroupIngress RevokeSecurityGroupIngress"),
             f"{EC2}security-group/Cluster.ClusterSecurityGroupId",
@@ -613,7 +613,7 @@ CALLS: dict[str, list[Call]] = {
 class Judgement:
     """What a role's policy decides about its calls."""
 
-    refused: list[Call]  # that have to be allowed
+    refused: list[Call]  # that must be allowed
     allowed: list[Call]  # that differ from those in one point
     needless: set[Part]  # what allows none of the calls
 
@@ -723,7 +723,7 @@ def test_owners_password_is_made_and_kept_by_rds(stack: Stack) -> None:
 def test_database_outlives_the_stack(stack: Stack) -> None:
     """It is encrypted; deletion is refused until protection is off, and then leaves a snapshot and the backups."""
     database = stack.resources["Database"]
-    assert database["DBInstanceIdentifier"] == STACK  # CloudFormation replaces nothing that has a name of its own
+    assert database["DBInstanceIdentifier"] == STACK  # CloudFormation never replaces a resource with a fixed name
     wanted = {
         "StorageEncrypted": True,
         "DeletionProtection": True,
@@ -800,11 +800,11 @@ def architecture_finding(template: dict[str, Any]) -> str | None:
 def test_faults_are_found(kind: Callable[[Any], Iterator[faults.Fault]]) -> None:
     """No template with a fault of this kind passes."""
     unseen = [fault for fault in kind(json.loads(_template())) if not architecture_finding(fault.template)]
-    # What the architecture leaves open, the validator knows: a version that does not exist, for instance.
+    # The validator covers what the architecture leaves open, such as a version that does not exist.
     assert [fault.name for fault in unseen if not validation_findings(json.dumps(fault.template))] == []
 
 
-# Each Guard rule and the change that it is there for, whatever the other checks would say.
+# Each Guard rule, and the change that it must refuse, whether or not other checks do.
 RULE_FAULTS: dict[str, tuple[str, Any]] = {
     "DATABASE_IS_PRIVATE": ("Database PubliclyAccessible", True),
     "DATABASE_IS_ENCRYPTED": ("Database StorageEncrypted", False),

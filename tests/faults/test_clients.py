@@ -82,7 +82,7 @@ async def test_idle_connections_keep_nobody_out(
     before = await footprint(server)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(20):
-            for _ in range(10):  # at once not more than the spare files are good for
+            for _ in range(10):  # no more at once than there are spare files
                 await stack.enter_async_context(connection(server.url))
             assert (await get(server.url + path, within=1)).status == 200
         assert (await footprint(server)).files < 64
@@ -101,7 +101,7 @@ async def test_idle_connections_and_no_database(observed: StartObserved, databas
         service = await observed("message_service", wrapper=["prlimit", "--nofile=4096:4096"], **settings)
         async with many(service.url, 1100):
             assert (await get(service.url + "/api/message", within=1)).status == 503
-            assert open_files(service.pid) > 880  # no more were closed than there had to be
+            assert open_files(service.pid) > 880  # no more were closed than necessary
     note("-")
 
 

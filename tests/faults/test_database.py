@@ -45,7 +45,7 @@ def row(fault: str, sees: str) -> pytest.MarkDecorator:
 )
 async def test_outage_under_load(chain: Chain, cluster: Cluster, fault: Fault, status: int) -> None:
     """Each request meanwhile gets the clear answer in time, and a good one within a second after."""
-    others = {503, 504} if status != 404 else {503}  # what was under way when it began, or while it ended
+    others = {503, 504} if status != 404 else {503}  # requests in flight when it began, or while it ended
     async with chain.endures(status, *others) as clients:
         breaking = fault(cluster)
         await asyncio.to_thread(breaking.__enter__)
@@ -229,7 +229,7 @@ async def test_a_half_open_connection(
         for rule in drop:
             own_network("-A", *rule)
         await clients.see(504)
-        await asyncio.sleep(1.1)  # longer than TCP's first repeat, so that its second would be the next
+        await asyncio.sleep(1.1)  # past TCP's first retransmission, so that the second would be next
         for rule in drop:
             own_network("-D", *rule)
 

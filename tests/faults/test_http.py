@@ -22,8 +22,8 @@ LAST = GET + b"X-Request-ID: last\r\nConnection: close\r\n\r\n"  # tells whether
 CHUNKED = GET + b"Transfer-Encoding: chunked\r\n\r\n"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: "
 
-# What is sent, and the statuses that have to come back before the connection is closed. `LAST` follows where the
-# question is whether the server still knows where a request ends: 200 for it only where that is beyond doubt.
+# Bytes to send, and the statuses that must come back before the connection closes. `LAST` follows if the question is
+# whether the server still knows where a request ends: it gets 200 only if that is beyond doubt.
 REFUSED = {
     "conflicting Content-Length": GET + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nhello" + LAST,
     "equal Content-Length twice": GET + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello" + LAST,
@@ -106,7 +106,7 @@ ANSWERED: dict[str, tuple[bytes, list[int]]] = {
     "Upgrade: anything": (GET + UPGRADE + b"anything\r\n\r\n" + LAST, [200]),
     "empty lines first": (b"\r\n\r\n" + LAST, [200]),
     "pipelining of 100": (b"".join(GET + b"\r\n" for _ in range(99)) + LAST, [200] * 100),
-    # aiohttp's parser drops what it has understood of a packet whose rest it refuses.
+    # If aiohttp's parser refuses the rest of a packet, it also drops the part that it understood.
     "pipelining, then garbage": (GET + b"\r\n" + b"garbage\r\n\r\n", [400]),
 }
 
@@ -125,10 +125,10 @@ async def test_what_could_be_two_requests_is_refused(system: System, part: str, 
     for name, request in REFUSED.items():
         try:
             raw = await exchange(url, request, within=5)
-        except ConnectionError:  # closed before it had read everything, which can overtake its answer
+        except ConnectionError:  # it closed before reading everything, so the reset can overtake its answer
             resets.append(name)
             continue
-        # Where the start of the request was well-formed, it may have been answered before the rest was seen.
+        # If the start of the request was well-formed, the answer may have come before the server saw the rest.
         assert statuses(raw) in ([400], [200, 400], [414], [431]), name
         assert b"X-Request-ID: last" not in raw, name
         assert b"application/problem+json" in raw, name

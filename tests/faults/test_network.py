@@ -73,7 +73,7 @@ async def test_silence(
         for rule in drop:
             own_network("-A", *rule)
         await clients.see(504)
-        await asyncio.sleep(1.1)  # longer than TCP's first repeat of a SYN, so that its second would be the next
+        await asyncio.sleep(1.1)  # past TCP's first retransmission of a SYN, so that the second would be next
         for rule in drop:
             own_network("-D", *rule)
 
@@ -98,7 +98,7 @@ async def test_a_host_that_is_gone(
 
     for _ in range(4):
         await call()
-    # Its connections are forgotten, as when another host has its address now; new ones are accepted, and no more.
+    # Its connections are forgotten, as if another host now had its address; new ones are accepted, but get no data.
     own_network("-A", "INPUT", "-p", "tcp", "--dport", str(peer.port), "-m", "state", "--state", "NEW", "-j", "ACCEPT")
     own_network("-A", "INPUT", "-p", "tcp", "--dport", str(peer.port), "-j", "DROP")
     answers = await asyncio.wait_for(asyncio.gather(*waiting), 10)

@@ -24,9 +24,9 @@ from kit.postgres import Cluster
 from kit.processes import Server
 from kit.table import REFERENCES, Row, render
 
-RECOVERY = 1.0  # seconds after the cause is gone in which the first good answer comes
+RECOVERY = 1.0  # seconds within which the first good answer comes, once the cause is gone
 SLACK = 0.2  # seconds that an answer may come after its time limit
-MEMORY = 24 * 1024 * 1024  # bytes that a process may have kept after a fault: the allocator's own spare included
+MEMORY = 24 * 1024 * 1024  # bytes that a process may keep after a fault, including the allocator's spare
 
 # The real server, started as a user does, which also serves its number of asyncio tasks at /tasks.
 OBSERVED = """
@@ -214,7 +214,7 @@ def network_if_permitted() -> Iterator[IPTables | None]:
         try:
             subprocess.run(["ip", "link", "set", "lo", "up"], check=True, capture_output=True)
             iptables("-S")
-            # Since Linux 6.5 the first SYNs are repeated once a second; before, ever more rarely.
+            # Since Linux 6.5 the first SYNs are repeated once a second; before, at growing intervals.
             with contextlib.suppress(OSError):
                 Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts").write_text("0")
         except (OSError, subprocess.CalledProcessError):

