@@ -87,8 +87,8 @@ def validation_findings(text: str, instance_class: str = "", regions: list[str] 
     for region in regions:
         config = validator.ValidateConfig(
             severity_level=validator.Severity.WARN,
-            # The value of a parameter is looked at only when it is given. (Those that conditions use are not given:
-            # the validator tries both sides of each.)
+            # The validator checks a parameter's value only if it is given. (Those that conditions use are not given:
+            # it tries both branches of each.)
             parameter_overrides={"DatabaseInstanceClass": instance_class},
             pseudo_parameter_overrides=validator.PseudoParameterOverrides(region=region),
             # Since Kubernetes 1.28 EKS encrypts more than Secrets anyway and calls the list of what to encrypt
