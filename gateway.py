@@ -14,11 +14,11 @@ import math
 import re
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Self, TypeVar
 
 import aiohttp
@@ -72,9 +72,22 @@ class Settings(lifecycle.CommonSettings):
 class _Response(aiohttp.ClientResponse):
     """Knows its connection even when that is back in the pool, which a small answer's is before its status is seen."""
 
+    _proven: weakref.WeakSet[object] = weakref.WeakSet()  # connections that have brought an answer
+
     async def start(self, connection: Connection) -> "_Response":
+        """Wait for the answer. Raises `aiohttp.ClientError`.
+
+        aiohttp repeats a request whose connection is closed instead of an answer (ServerDisconnectedError). That is
+        right for a connection kept from before, but a service that closes new ones would see each request twice.
+        """
         self._used = connection.protocol
-        await super().start(connection)
+        try:
+            await super().start(connection)
+        except aiohttp.ClientConnectionError as error:
+            if self._used in self._proven:
+                raise
+            raise aiohttp.ClientConnectionError("a new connection ended without an answer") from error
+        self._proven.add(self._used)
         return self
 
     def end_connection(self) -> None:
@@ -102,10 +115,7 @@ class MessageService:
         )
 
     async def __aenter__(self) -> Self:
-        connections = aiohttp.TraceConfig()
-        connections.on_connection_create_start.append(_refuse_second_connection)
         self._session = aiohttp.ClientSession(
-            trace_configs=[connections],
             # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
             connector=aiohttp.TCPConnector(
                 resolver=threads.Resolver(),
@@ -191,17 +201,6 @@ class MessageService:
             problem = to_problem(error)
             problem.downstream_request_id = request.get(REQUEST_ID)
             raise problem from error
-
-
-async def _refuse_second_connection(_session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
-    """Called before aiohttp connects for a request.
-
-    When a connection is closed instead of an answer, aiohttp sends the request once more. That is right for one that
-    was kept from before, but a service that closes new ones would only see each request twice.
-    """
-    if getattr(context, "has_connected", False):
-        raise aiohttp.ClientConnectionError("a new connection ended without an answer")
-    context.has_connected = True
 
 
 def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
