@@ -573,6 +573,38 @@ def test_a_batch_waits_five_milliseconds_for_a_run_of_seconds(world: World) -> N
     assert {outcome(caller) for caller in [first, *batch]} == {world.runs[1]}
 
 
+def test_callers_who_ask_again_at_once_join_the_waiting_batch(world: World) -> None:
+    """Those whom a run has answered, and those who waited for its end, share the next run."""
+    answered = world.arrived(3)
+    waiting = world.arrived(3)
+    world.answer(world.runs[0])
+    while not all(caller.task.done() for caller in answered):
+        world.tick()
+    waiting += [world.arrive() for _ in answered]
+    world.settle()
+    _, run = world.runs
+    world.answer(run)
+    world.settle()
+    assert {outcome(caller) for caller in waiting} == {run}
+
+
+def test_callers_without_end_hold_up_a_batch_for_five_milliseconds(world: World) -> None:
+    """A batch that is joined in each turn of the event loop starts all the same, in time for its first caller."""
+    world.arrived()
+    world.arrived()
+    world.answer(world.runs[0])
+    for _ in range(10):
+        assert len(world.runs) == 1
+        for _ in range(5):
+            world.arrive()
+            world.tick()
+        world.advance(ADDED_DELAY / 10)
+    for _ in range(2):
+        world.arrive()
+        world.tick()
+    assert len(world.runs) == 2
+
+
 def test_at_the_limit_a_batch_waits_for_the_end_of_a_run(world: World) -> None:
     """However long that takes; then it starts at once, with everyone who has come meanwhile."""
     fill(world)
