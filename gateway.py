@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import aiohttp
 import uvloop
@@ -72,7 +72,7 @@ class Settings(lifecycle.CommonSettings):
 class _Response(aiohttp.ClientResponse):
     """Knows its connection even when that is back in the pool, which a small answer's is before its status is seen."""
 
-    _proven: weakref.WeakSet[object] = weakref.WeakSet()  # connections that have brought an answer
+    _proven: ClassVar[weakref.WeakSet[object]] = weakref.WeakSet()  # connections that have brought an answer
 
     async def start(self, connection: Connection) -> "_Response":
         """Wait for the answer. Raises `aiohttp.ClientError`.
