@@ -1,8 +1,8 @@
-"""Connections to PostgreSQL that are made when they are needed, and made again when they are no good.
+"""Connections to PostgreSQL: made when they are needed, replaced when they are broken.
 
 Rules kept here: nothing blocks the event loop; address and password are read for each new connection, since both may
-have changed; whatever stands in between may hand on its backends, so that nothing is set or prepared on one that is
-not this connection's alone.
+have changed; a pooler may give one backend to several clients, so nothing is set or prepared on a backend that this
+connection shares.
 """
 
 import asyncio
@@ -19,26 +19,26 @@ from psycopg2.extensions import connection as psycopg2_connection
 import metrics
 import threads
 
-FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by family: psycopg2's codes are missing where it matters
-CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL sees that nobody waits for a query any more, and ends it
-# Limits a session in time, where the backend is its own: a pooler gives another number when a session begins.
+FAILURES = (psycopg2.Error, OSError, RuntimeError)  # by class: psycopg2 has no code for a lost connection
+CLIENT_CHECK_INTERVAL = 0.1  # seconds in which PostgreSQL notices that nobody waits for a query any more, and ends it
+# Sets the session's time limits if the backend is its own. A pooler makes up the number that a client gets at login.
 LIMIT = (
     "SELECT set_config('statement_timeout', %s, false), set_config('client_connection_check_interval', %s, false)"
     " WHERE pg_backend_pid() = %s"
 )
-# What libpq would try on another socket; and, should that fail, what it has tried before, to learn why that failed.
+# The mode that libpq tries next, on another socket; then, if that fails too, the one it began with, to learn why.
 SECOND_TRIES = {"prefer": ("disable", "require"), "allow": ("require", "disable")}
 
 Row = tuple[Any, ...]
 
 
 class Connection(psycopg2_connection):  # type: ignore[misc]  # psycopg2 has no types
-    """What psycopg2 makes for aiopg: it fails where aiopg would wait for ever, or leave a request without an answer."""
+    """The psycopg2 connection that aiopg drives. It fails where aiopg would hang or leave a request unanswered."""
 
     _inode: int | None = None  # of its socket
 
     def poll(self) -> int:
-        """Raises `psycopg2.NotSupportedError` when libpq goes on connecting on another socket than aiopg watches."""
+        """Raises `psycopg2.NotSupportedError` when libpq goes on with a socket that aiopg does not watch."""
         try:
             state: int = super().poll()
         except QueryCanceledError as error:  # aiopg would raise CancelledError, as if the client had left
@@ -46,19 +46,18 @@ class Connection(psycopg2_connection):  # type: ignore[misc]  # psycopg2 has no 
         if self.status != STATUS_READY:
             watched, self._inode = self._inode, os.fstat(self.fileno()).st_ino
             if watched not in (None, self._inode):
-                raise psycopg2.NotSupportedError("libpq went on on another socket")
+                raise psycopg2.NotSupportedError("libpq went on with another socket")
         return state
 
 
 class Slot:
-    """One connection, kept while it is good: an aiopg pool of one.
+    """One connection, kept while it works: an aiopg pool of one.
 
-    One for each, since aiopg holds a pool's lock while it connects: in a pool of several, one slow connect would
-    hold up all others.
+    aiopg holds a pool's lock while it connects. In a pool of several, one slow connect would hold up all the others.
     """
 
     def __init__(self, dsn: str, password: Callable[[], str], timeout: float, resolver: threads.Resolver) -> None:
-        """`password` reads it, and may block; `timeout` is for connecting, in seconds."""
+        """`password` reads the password, and may block; `timeout` is for connecting, in seconds."""
         self._dsn = dsn
         self._password = password
         self._timeout = timeout
@@ -76,26 +75,26 @@ class Slot:
             self._dsn,
             minsize=0,
             maxsize=1,
-            timeout=None,  # type: ignore[arg-type]  # a query ends when nobody waits for it any more, see `coalescing`
-            enable_hstore=False,  # which would ask for its types
+            timeout=None,  # type: ignore[arg-type]  # queries end when nobody waits for them, see `coalescing`
+            enable_hstore=False,  # which would query its types
             connection_factory=lambda dsn, async_: Connection(make_dsn(dsn, **self._connect_with), async_),
         )
 
     def close(self) -> None:
-        self._pool.terminate()  # not `wait_closed`, which waits for ever for a connection that is being made
+        self._pool.terminate()  # `wait_closed` would wait for ever for a connection that is being made
 
     @property
     def connected(self) -> bool:
         return self._connection is not None and not self._connection.closed
 
     async def fetch(self, statement: str, args: tuple[object, ...] = (), *, once: bool = False) -> list[Row]:
-        """Return the rows that a statement yields, on a new connection where there is none or the old one is no good.
+        """Return the rows that a statement yields, on a new connection if there is none or the old one is broken.
 
         The statement may run twice, unless it is to run `once`. Raises `psycopg2.Error`, `OSError` or (aiopg's own)
         `RuntimeError`.
         """
         if once:
-            await self.fetch("SELECT 1")  # finds out whether the connection is still good
+            await self.fetch("SELECT 1")  # finds out whether the connection still works
         if self.connected:
             try:
                 return await self._execute(statement, args)
@@ -114,30 +113,30 @@ class Slot:
             else:
                 await self._execute_prepared(statement)
         except asyncio.CancelledError:
-            # aiopg has closed the connection. This slot is taken until the server has noticed, lest the database work
-            # on more queries than there are slots.
+            # aiopg has closed the connection. Keep this slot until the server notices, or the database would work on
+            # more queries than there are slots.
             await asyncio.sleep(CLIENT_CHECK_INTERVAL)
             raise
         return await cursor.fetchall() if cursor.description else []
 
     async def _execute_prepared(self, statement: str) -> None:
-        """Planning takes a third of the time of a query as small as ours, so it is done once for each connection."""
+        """Planning takes a third of so small a query's time, so each connection does it once."""
         name = self._prepared.get(statement)
-        if name is None:  # so late, since it needs the table
-            # Named by its text, so that no other statement can ever be executed in its place.
+        if name is None:  # not when connecting, since it needs the table
+            # Named after its text, so that no other statement can ever be executed in its place.
             name = f"messages_{hashlib.sha256(statement.encode()).hexdigest()[:16]}"
             await self._cursor.execute(f"PREPARE {name} AS {statement}")
             self._prepared[statement] = name
         await self._cursor.execute(f"EXECUTE {name}")
         if not self._cursor.rowcount:
-            # EXECUTE's snapshot is older than its lock: when it had to wait for a table that was rewritten or made
-            # again, it sees none of the rows. A plain statement's snapshot is taken after the lock.
+            # EXECUTE takes its snapshot before its lock: if it had to wait while the table was rewritten or replaced,
+            # it sees no rows. A plain statement takes its snapshot after the lock.
             await self._cursor.execute(statement)
 
     # ---- connecting --------------------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        """Try one address after the other. libpq would look them up in the event loop, and try them unwatched."""
+        """Try one address after another. libpq's own loop blocks for the look-up, and limits no single try."""
         password = await threads.call(self._password)
         addresses = await self._addresses()
         causes = []
@@ -156,7 +155,7 @@ class Slot:
     async def _addresses(self) -> list[str | None]:
         target = parse_dsn(self._dsn)
         if target["host"].startswith("/"):
-            return [None]  # a socket folder has none
+            return [None]  # a socket's folder has none
         try:
             found = await self._resolver.resolve(target["host"], int(target["port"]))
         except OSError as error:
@@ -164,7 +163,7 @@ class Slot:
         return [address["host"] for address in found]
 
     async def _connect_to(self, **target: str | None) -> None:
-        """Connect as libpq does, with TLS or without; its try on another socket becomes a connection of its own."""
+        """Connect as libpq does, with TLS or without; a try on another socket becomes a connection of its own."""
         try:
             return await self._acquire(**target)
         except psycopg2.NotSupportedError:
@@ -182,7 +181,7 @@ class Slot:
         self._connect_with = connect_with
         self._connection = await self._pool.acquire()
         self._cursor = await self._connection.cursor()
-        # The server's limits are later than this side's, which have the better answer.
+        # The server's limits are longer than this service's, whose error is clearer.
         limits = f"{self._timeout + 1}s", f"{CLIENT_CHECK_INTERVAL}s"
         await self._cursor.execute(LIMIT, (*limits, self._connection.raw.get_backend_pid()))
         self._owns_backend = self._cursor.rowcount == 1
@@ -190,7 +189,7 @@ class Slot:
     def _drop(self) -> None:
         self._prepared.clear()
         if self._connection:
-            if not self._connection.closed:  # aiopg would stop watching a socket that others may have got since
+            if not self._connection.closed:  # or aiopg would stop watching a socket that is another's now
                 self._connection.close()
             self._pool.release(self._connection)
             self._connection = None

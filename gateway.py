@@ -1,6 +1,6 @@
 """Service 1, the gateway: answers `/api/string` with what the message service says.
 
-Rules kept here: whatever the message service does, the client gets a clear answer in time; nothing that is not the
+Rules kept here: whatever the message service does, the client gets a clear answer in time; nothing that breaks the
 message service's contract gets through; the gateway stays ready when the message service is down.
 """
 
@@ -38,25 +38,25 @@ from coalescing import Coalescer, RunTimeoutError
 from responses import DATABASE, MESSAGE_SERVICE, NO_MESSAGE, REQUEST_ID, Problem, Representation, RepresentationResponse
 from settings import setting
 
-MAX_CALLS = 4  # calls to the message service in flight: enough to pass by those that are stuck
+MAX_CALLS = 4  # calls to the message service in flight: enough to get past stuck ones
 PATIENCE = 0.1  # seconds without an answer after which the message service is called once more
 MAX_BODY = 1024 * 1024  # bytes of an answer of the message service
 REBALANCE_INTERVAL = 10.0  # seconds between two calls that end their connection: the next may reach another replica
 KEEPALIVE_TIMEOUT = 15.0  # seconds; below the message service's 75, so that it is not the one to close first
-TCP_OPTIONS = (  # the kernel gives up a host that acknowledges nothing; one that is only slow to answer does not notice
+TCP_OPTIONS = (  # the kernel gives up on a host that acknowledges nothing; a slow answer makes no difference to it
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 1),  # seconds without a packet, after which it is asked
-    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),  # seconds
-    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1500),  # milliseconds; past TCP's first repeat of a SYN, at one second
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 1),  # seconds without a packet before the first probe
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),  # seconds between probes
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1500),  # milliseconds; a SYN is first repeated after one second
 )
 
 T = TypeVar("T")
-Read = Callable[[int, str, bytes], T]  # what an answer says, from its status, media type and body; raises `Problem`
+Read = Callable[[int, str, bytes], T]  # reads an answer's status, media type and body; raises `Problem`
 
 _REQUEST: ContextVar[web.Request] = ContextVar("request")
 
 _TRACE = "-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"  # its id, the parent's id, flags
-_VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: what versions after 00 add is passed on as it is
+_VALID_TRACEPARENT = re.compile(  # W3C Trace Context, 3.2: versions after 00 may add fields, which are passed on
     f"00{_TRACE}|(?!00|ff)[0-9a-f]{{2}}{_TRACE}(-[!-~]{{0,200}})?"
 ).fullmatch
 _VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
@@ -64,13 +64,13 @@ _VALID_SERVER_TIMING = re.compile(r'[\w;=., "-]{1,200}', re.ASCII).fullmatch
 
 @dataclasses.dataclass(frozen=True)
 class Settings(lifecycle.CommonSettings):
-    port: int = setting(8000, settings.PORT, "where to listen")
+    port: int = setting(8000, settings.PORT, "port to listen on")
     downstream_url: URL = setting(URL("http://localhost:8001"), settings.BASE_URL, "the message service")
-    downstream_timeout: float = setting(5.0, settings.seconds(), "for the whole call of the message service")
+    downstream_timeout: float = setting(5.0, settings.seconds(), "for the whole call to the message service")
 
 
 class _Response(aiohttp.ClientResponse):
-    """Knows its connection even when that is back in the pool, which a small answer's is before its status is seen."""
+    """Remembers its connection, which is back in the pool before a small answer's status can be read."""
 
     _proven: ClassVar[weakref.WeakSet[object]] = weakref.WeakSet()  # connections that have brought an answer
 
@@ -91,13 +91,13 @@ class _Response(aiohttp.ClientResponse):
         return self
 
     def end_connection(self) -> None:
-        """Let no other call use the connection: it leads to a replica that is not well."""
+        """Let no other call use the connection: it leads to a replica that has failed."""
         if self._used is not None:  # as a queue of messages it is false when it is empty
             self._used.close()
 
 
 class MessageService:
-    """The message service as the gateway sees it: a context that holds the session, and the coalesced call."""
+    """The message service: a context that holds the session, and the coalesced call."""
 
     def __init__(self, settings: Settings) -> None:
         self._base_url = settings.downstream_url
@@ -110,13 +110,13 @@ class MessageService:
             limit=MAX_CALLS,
             timeout=settings.downstream_timeout,
             patience=PATIENCE,
-            repeat=lambda error: isinstance(error, Problem),  # unreachable, 5xx, broken contract: a replica's own
+            repeat=lambda error: isinstance(error, Problem),  # another replica may do better
             observe=self._dependency.observe_run,
         )
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            # New connections find a changed address at once; nobody waits for a connection, since calls are limited.
+            # New connections use a changed address at once. Calls are limited, so connections need no limit.
             connector=aiohttp.TCPConnector(
                 resolver=threads.Resolver(),
                 use_dns_cache=False,
@@ -124,7 +124,7 @@ class MessageService:
                 keepalive_timeout=KEEPALIVE_TIMEOUT,
                 socket_factory=_make_socket,
             ),
-            timeout=aiohttp.ClientTimeout(),  # none: a call ends when nobody waits for it any more, see `coalescing`
+            timeout=aiohttp.ClientTimeout(),  # none: calls end when nobody waits for them, see `coalescing`
             headers={"Accept-Encoding": "identity", "User-Agent": f"gateway/{server.VERSION}"},
             auto_decompress=False,
             response_class=_Response,
@@ -136,8 +136,8 @@ class MessageService:
         await self._session.close()
 
     async def result(self, request: web.Request) -> Representation:
-        """What the gateway answers, from a call that starts after this one. Raises `Problem`."""
-        # A run is made in the name of the caller that it was started for: this is how it learns of the request.
+        """The message as the gateway sends it, from a call that starts after this one. Raises `Problem`."""
+        # A run executes in the context of the caller that it was started for, and so finds that caller's request.
         _REQUEST.set(request)
         try:
             representation = await self._shared_call()
@@ -151,7 +151,7 @@ class MessageService:
         return representation
 
     async def get(self, request: web.Request, path: str, read: Read[T], **query: str) -> T:
-        """What `read` makes of the answer to a call that is shared with nobody. Raises `Problem`."""
+        """Return what `read` makes of the answer to a call of this request's own. Raises `Problem`."""
         try:
             async with asyncio.timeout(self._timeout):
                 return (await self._call(request, (self._base_url / path).with_query(query), read))[0]
@@ -178,7 +178,7 @@ class MessageService:
         return responses.json_representation("result", content, {"Server-Timing": timing})
 
     async def _call(self, request: web.Request, url: URL, read: Read[T]) -> tuple[T, str]:
-        """Call once in the name of a request; return what `read` makes of the answer, and its Server-Timing.
+        """Call once on behalf of a request; return what `read` makes of the answer, and the answer's Server-Timing.
 
         Raises `Problem`.
         """
@@ -204,10 +204,10 @@ class MessageService:
 
 
 def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket for one call, which notices that the message service's host is gone.
+    """A socket that notices when the message service's host is gone.
 
-    Without it all calls that may be in flight can wait for a host that is gone, or for TCP's ever rarer repeats, while
-    a network that is whole again would have an answer for others.
+    Without this, all calls that may be in flight can wait for such a host, or for TCP's ever rarer repeats, long after
+    the network works again.
     """
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
@@ -219,7 +219,7 @@ def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 
 
 def _media_type(response: aiohttp.ClientResponse) -> str:
-    """The media type of a body that can be read as it is; none for one that is compressed, which nobody asked for."""
+    """The media type of the body; "" if it is compressed, which the gateway did not ask for."""
     return "" if hdrs.CONTENT_ENCODING in response.headers else response.content_type
 
 
@@ -259,10 +259,10 @@ def read_content(status: int, media_type: str, body: bytes) -> str | None:
 
 
 def to_problem(error: Exception) -> Problem:
-    """What the gateway's client sees of a failed call."""
+    """The problem that a client gets when a call fails."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, aiohttp.ClientResponseError):  # what it sent is no HTTP
+    if isinstance(error, aiohttp.ClientResponseError):  # it sent something that is not HTTP
         return bad_answer(logs.describe(error))
     if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:  # see `TCP_OPTIONS`
         return responses.timed_out(MESSAGE_SERVICE, "The message service did not answer in time.", logs.describe(error))
@@ -280,7 +280,7 @@ def bad_answer(cause: str) -> Problem:
 
 
 def content_security_policy(page: bytes) -> str:
-    """Allow the page's own inline script and style, by their hashes, and requests to where it came from; no more."""
+    """Allow only the page's own inline script and style, by hash, and requests to its own origin."""
     allowed = {b"script": "", b"style": ""}
     for element, content in re.findall(rb"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         allowed[element] += f" 'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
@@ -291,8 +291,8 @@ def content_security_policy(page: bytes) -> str:
 
 
 def _page() -> Representation:
-    """index.html, with the headers that keep anything else out of it. Raises `OSError`."""
-    page = Path(__file__).with_name("index.html").read_text("utf-8").encode()  # without CR: browsers hash it so
+    """index.html, with header fields that keep anything else out of it. Raises `OSError`."""
+    page = Path(__file__).with_name("index.html").read_text("utf-8").encode()  # without CR, as browsers hash it
     headers = {
         "Content-Security-Policy": content_security_policy(page),
         "Referrer-Policy": "no-referrer",
@@ -319,7 +319,7 @@ async def string(request: web.Request) -> web.StreamResponse:
 
 
 async def page(request: web.Request) -> web.StreamResponse:
-    """`GET /`: a page for people that shows the system at work."""
+    """`GET /`: a page that shows the system at work."""
     return RepresentationResponse(request, request.app[PAGE])
 
 

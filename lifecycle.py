@@ -38,7 +38,7 @@ class CommonSettings:
     """Settings of both servers."""
 
     host: str = setting("", settings.TEXT, "address to listen on", shown="all, IPv4 and IPv6")
-    port: int = setting(0, settings.PORT, "where to listen")
+    port: int = setting(0, settings.PORT, "port to listen on")
     log_level: str = setting("info", settings.one_of("debug", "info", "warning", "error"), "lowest level to log")
     log_format: str | None = setting(
         None, settings.one_of("json", "text"), "format of log lines", shown="text on a terminal, else json"

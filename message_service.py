@@ -1,8 +1,8 @@
 """Service 2, the message service: answers `/api/message` with the string stored in PostgreSQL.
 
-Rules kept here: a database that is away, slow or changed never takes longer than `DB_TIMEOUT` and heals by itself;
-nothing blocks the event loop; the password is read for each new connection, and appears nowhere; a pooler between
-this service and PostgreSQL may give each statement another backend.
+Rules kept here: whatever state the database is in, no request takes longer than `DB_TIMEOUT`, and no failure outlasts
+its cause; nothing blocks the event loop; the password is read for each new connection, and appears nowhere; a pooler
+may give each statement another backend.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ SSL_MODES = settings.one_of("disable", "allow", "prefer", "require", "verify-ca"
 
 @dataclasses.dataclass(frozen=True)
 class Settings(lifecycle.CommonSettings):
-    port: int = setting(8001, settings.PORT, "where to listen")
+    port: int = setting(8001, settings.PORT, "port to listen on")
     db_host: str = setting("localhost", settings.HOST, "PostgreSQL's name or address; /… is a socket folder")
     db_port: int = setting(5432, settings.PEER_PORT, "PostgreSQL's port")
     db_name: str = setting("mydb", settings.TEXT, "database")
@@ -69,7 +69,7 @@ class Settings(lifecycle.CommonSettings):
             raise settings.SettingsError(["DB_PASSWORD_FILE: expected only one of it and DB_PASSWORD"])
 
     def dsn(self) -> str:
-        """libpq's connection string, without what each new connection gets anew."""
+        """libpq's connection string, without the address and the password, which each new connection looks up."""
         dsn: str = make_dsn(
             host=self.db_host,
             port=self.db_port,
@@ -77,11 +77,11 @@ class Settings(lifecycle.CommonSettings):
             user=self.db_user,
             sslmode=self.db_sslmode,
             sslrootcert=self.db_sslrootcert,
-            gssencmode="disable",  # one try less that would need another socket
+            gssencmode="disable",  # or it would be tried first, on a socket of its own
             application_name=f"message_service/{server.VERSION}",
             client_encoding="UTF8",
-            connect_timeout=max(2, math.ceil(self.db_timeout)),  # counts where connecting blocks; 2 is libpq's least
-            # The kernel gives up a host that acknowledges nothing, a little later than TCP first repeats a SYN.
+            connect_timeout=max(2, math.ceil(self.db_timeout)),  # for `--apply-schema`; 2 is the minimum
+            # The kernel gives up on a host that acknowledges nothing, soon after TCP has repeated its SYN once.
             # Otherwise all connections can wait for a host that is gone, or for TCP's ever rarer repeats.
             tcp_user_timeout=1500,  # milliseconds
             keepalives_idle=1,  # seconds
@@ -90,7 +90,7 @@ class Settings(lifecycle.CommonSettings):
         return dsn
 
     def password(self) -> str:
-        """The password as it is now, "" if there is none. Raises `OSError`, which holds nothing of it."""
+        """The current password, "" if there is none. Raises `OSError`, which repeats nothing of it."""
         if not self.db_password_file:
             return self.db_password or ""
         try:
@@ -106,14 +106,12 @@ class Settings(lifecycle.CommonSettings):
 
 
 class Database:
-    """The database as the message service sees it: a context that holds at most `DB_POOL_SIZE` connections, and the
-    coalesced query.
-    """
+    """The database: a context that holds at most `DB_POOL_SIZE` connections, and the coalesced query."""
 
     def __init__(self, settings: Settings) -> None:
         connecting = settings.dsn(), settings.password, settings.db_timeout, threads.Resolver()
         self._slots = [Slot(*connecting) for _ in range(settings.db_pool_size)]
-        self._idle = deque(self._slots)  # connected ones at the right, where they are taken from
+        self._idle = deque(self._slots)  # connected ones on the right, and taken from there
         self._free = asyncio.Semaphore(len(self._slots))
         self._timeout = settings.db_timeout
         self._dependency = metrics.Dependency("the database")
@@ -126,8 +124,8 @@ class Database:
         )
         self._name = secrets.token_hex(3)
         self._queries = itertools.count(1)
-        self._checked_at = -math.inf  # event loop's time of the last answer or failure
-        self._failure: Problem | None = None  # None if the last one was an answer
+        self._checked_at = -math.inf  # when the database last answered or failed, in the event loop's time
+        self._failure: Problem | None = None  # None if it answered
 
     async def __aenter__(self) -> Self:
         for slot in self._slots:
@@ -142,7 +140,7 @@ class Database:
             slot.close()
 
     async def message(self) -> Representation:
-        """What the message service answers, from a query that starts after this call. Raises `Problem`."""
+        """The message as this service sends it, from a query that starts after this call. Raises `Problem`."""
         try:
             message = await self._shared_query()
         except RunTimeoutError as error:
@@ -156,9 +154,9 @@ class Database:
         return message
 
     async def fetch(self, statement: str, *args: object, once: bool = False) -> list[Row]:
-        """Return the rows that a statement yields, with `args` for its `%s`, in `DB_TIMEOUT` seconds.
+        """Return the rows that a statement yields, with `args` for its `%s`, within `DB_TIMEOUT` seconds.
 
-        A statement that changes something has to run at most `once`; others may run twice. Raises `Problem`, and
+        A statement that changes something must not run twice: pass `once`. Raises `Problem`, and
         `psycopg2.DataError` or `psycopg2.IntegrityError` for values that PostgreSQL or the table refuses.
         """
         try:
@@ -196,7 +194,7 @@ class Database:
         return responses.json_representation("message", content, {"Server-Timing": timing})
 
     async def _fetch(self, statement: str, args: tuple[object, ...] = (), *, once: bool = False) -> list[Row]:
-        """Fetch on a connection as soon as one is free. Raises as `fetch`, but knows no time limit."""
+        """Fetch on the first free connection, with no time limit. Raises what `fetch` raises."""
         async with self._free:
             slot = self._idle.pop()
             try:
@@ -215,7 +213,7 @@ class Database:
         return rows
 
     def _remember(self, error: Exception) -> Problem:
-        """Remember a failure of the database for `check`, and return what a client sees of it."""
+        """Remember a failure of the database for `check`, and return the problem that a client gets."""
         problem = to_problem(error)
         self._checked_at = asyncio.get_running_loop().time()
         self._failure = problem
@@ -223,7 +221,7 @@ class Database:
 
 
 def to_problem(error: Exception) -> Problem:
-    """What a client sees of a failure of the database."""
+    """The problem that a client gets when the database fails."""
     cause = logs.describe(error)
     if isinstance(error, TimeoutError) or os.strerror(errno.ETIMEDOUT) in cause:  # the kernel's, reported by libpq
         return responses.timed_out(DATABASE, "The database did not answer in time.", cause)
@@ -248,10 +246,11 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 
 async def end_failed_connection(_request: web.Request, response: web.StreamResponse) -> None:
-    """Let the next call of a service that got a 5xx reach another replica, since Kubernetes balances connections.
+    """End a connection after a 5xx, so that the client's next call can reach another replica: Kubernetes balances
+    connections, not requests.
 
-    Here, where the clients are services. A gateway keeps its browsers' connections: an outage must not cost each of
-    them a new one, and behind a load balancer it would not lead elsewhere.
+    This is for clients that are services. The gateway keeps its connections: an outage must not cost each browser a new
+    one, which would not lead elsewhere behind a load balancer.
     """
     if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         responses.end_connection(response)
@@ -288,7 +287,7 @@ def apply_schema(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    # libpq would take from them what the settings leave to its defaults, such as PGOPTIONS or PGTARGETSESSIONATTRS.
+    # libpq would read from them what the settings leave to its defaults, such as PGOPTIONS or PGTARGETSESSIONATTRS.
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
     lifecycle.main(
