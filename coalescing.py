@@ -14,8 +14,8 @@ It also makes a second run safe: whichever run answers first, its answer is good
 So a run that is late gets company, as hedged requests do (Dean and Barroso, "The Tail at Scale"; gRPC A6), and one that
 failed is repeated. Those need a budget in per cent of all requests (Finagle's retry budget, gRPC's throttling), lest
 they double the load of what is slow already. Here two bounds suffice: `limit` runs in flight, whatever they are for,
-and company and repeats only in the first `TROUBLE_WINDOW` seconds of a trouble. One that lasts costs what is behind no
-more runs than if there were neither.
+and company and repeats only in the first `TROUBLE_WINDOW` seconds of a trouble. A longer trouble causes no more runs
+than it would without them.
 
 What a `Coalescer` guarantees:
 
@@ -29,7 +29,7 @@ What a `Coalescer` guarantees:
   further one waits twice as long, up to `LONGEST_WAIT`. When `limit` are in flight the second oldest makes room: never
   the oldest, which ends first when all are merely slow. An answer resets that.
 - Repeats: after an error that `repeat` accepts, callers whom no run in flight can answer get another one, 10, 20,
-  40 … ms later. Other errors are theirs at once.
+  40 … ms later. They get other errors at once.
 - Load: at most `limit` runs are in flight, repeats and company included.
 - Time: each caller waits at most `timeout` seconds, counted from its arrival. Then it gets the last error, if the run
   that raised it started after the caller arrived, or `RunTimeoutError`.
@@ -58,23 +58,23 @@ LONGEST_WAIT = 0.4
 """Seconds between two runs that are started because none answers: a caller with a second to spare sees four of them."""
 
 TROUBLE_WINDOW = 2.0
-"""Seconds, since the first failure or late run after the last answer, in which repeats and company are worth their
-load: long enough for a process to be started again, or for several replicas to be tried."""
+"""Seconds, from the first failure or late run after the last answer, in which repeats and company are worth their load:
+long enough to restart a process, or to try several replicas."""
 
 FIRST_REPEAT = 0.01
 """Seconds from a failure to its repeat; doubled each time, so that eight fit into `TROUBLE_WINDOW`."""
 
 PATIENCE_FACTOR = 4
-"""How many times longer than usual a run takes before it counts as late."""
+"""How many times as long as usual a run may take before it is late."""
 
 MOMENT = 1e-6
-"""Seconds by which a timer may be early: what floating-point numbers lose."""
+"""Seconds by which a timer may be early, since floating-point numbers are rounded."""
 
 Result = TypeVar("Result")
 
 
 class RunTimeoutError(TimeoutError):
-    """A caller's time is up. `context` is that of the caller whom the newest run was started for (see `Coalescer`)."""
+    """A caller's time is up. `context` belongs to the caller that the newest run was started for (see `Coalescer`)."""
 
     def __init__(self, context: contextvars.Context) -> None:
         super().__init__("no answer in time")
@@ -82,7 +82,7 @@ class RunTimeoutError(TimeoutError):
 
 
 class _Caller(Generic[Result]):
-    """A caller that waits. Callers are numbered in the order of their arrival."""
+    """A waiting caller. Callers are numbered in the order of their arrival."""
 
     __slots__ = ("deadline", "future", "number")
 
@@ -93,14 +93,14 @@ class _Caller(Generic[Result]):
 
 
 class _Run:
-    """One call of the function, from the making of its task until the task has ended."""
+    """One call of the function, from the creation of its task to the end of that task."""
 
     __slots__ = ("cancelled", "reach", "reason", "started", "task")
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         self.started = math.inf
-        self.reach = math.inf  # the number of the last caller it is good for: until its first step, of any that comes
+        self.reach = math.inf  # number of the last caller that it can answer; until its first step, that is any caller
         self.cancelled = False
         self.task: asyncio.Task[None]
 
@@ -144,20 +144,20 @@ class Coalescer(Generic[Result]):
 
         self._callers: deque[_Caller[Result]] = deque()  # in the order of arrival; the first and the last still wait
         self._arrivals = 0
-        self._runs: list[_Run] = []  # in the order of their starts, cancelled ones until they have ended
-        self._due = math.inf  # when a run is due for the callers whom no run in flight can answer; never without such
-        self._reason = "asked"  # why it is
-        self._context = self._run_context = contextvars.Context()  # of the caller it is due for; of the last run's
+        self._runs: list[_Run] = []  # in the order of their starts, including cancelled ones that have not ended yet
+        self._due = math.inf  # when a run is due for those whom no run in flight can answer; infinite if there are none
+        self._reason = "asked"  # why that run is due
+        self._context = self._run_context = contextvars.Context()  # of that run's caller; of the last run's
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = math.inf
 
-        self._usual = patience / PATIENCE_FACTOR  # seconds that runs take: follows the median
+        self._usual = patience / PATIENCE_FACTOR  # seconds that a run takes: follows the median
         self._wait = patience  # seconds after which a run is late
         self._answered_at = -math.inf
         self._late_since = math.inf  # since the last answer, as is the next
         self._failing_since = math.inf
         self._repeat_after = FIRST_REPEAT
-        self._last_failure: tuple[float, Exception] | None = None  # with its run's reach
+        self._last_failure: tuple[float, Exception] | None = None  # its run's reach, and the error
 
     async def __call__(self) -> Result:
         """Return what a run that starts after this call returns, or raise what it raises.
@@ -184,7 +184,7 @@ class Coalescer(Generic[Result]):
     # ---- what is due -------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Do what is due now, and see to it that what is due later is done then."""
+        """Do what is due now, and set the timer for what is due next."""
         if not (self._callers or self._runs):
             self._due = math.inf
             return
@@ -196,11 +196,11 @@ class Coalescer(Generic[Result]):
         late_at = max(newest.started, self._answered_at) + self._wait if newest and in_window else math.inf
         has_room = len(self._runs) < self._limit
         if newest and newest.reach == math.inf:
-            pass  # it is about to start, and good for all
+            pass  # it is about to start, and can answer all
         elif has_room and min(self._due, late_at) <= now:
             self._start(now, "late" if late_at <= now else self._reason)
         elif late_at <= now and self._limit > 1 and not any(run.cancelled for run in self._runs):
-            self._cancel(self._runs[1])  # there is room when it has ended
+            self._cancel(self._runs[1])  # its end makes room
         self._wake_at(now, late_at)
         if has_room:
             self._wake_at(now, self._due)
@@ -208,7 +208,7 @@ class Coalescer(Generic[Result]):
             self._wake_at(now, self._callers[0].deadline)
 
     def _release_callers(self, now: float) -> None:
-        """Let those go whose time is up, and forget those who have left."""
+        """Time out callers whose deadline has passed, and forget those who have left."""
         callers = self._callers
         while callers and (callers[0].future.done() or callers[0].deadline <= now):
             caller = callers.popleft()
@@ -224,13 +224,13 @@ class Coalescer(Generic[Result]):
             self._due, self._reason = now, "late"
 
     def _cancel_useless_runs(self) -> None:
-        """Those that can answer nobody: everybody who waits has arrived since they started."""
+        """Cancel runs that can answer nobody, because everybody who waits arrived after they started."""
         for run in self._runs[:]:
             if not run.cancelled and (not self._callers or run.reach < self._callers[0].number):
                 self._cancel(run)
 
     def _wake_at(self, now: float, when: float) -> None:
-        """Call `_advance` at that time, if it is yet to come. An earlier timer may stay: it sees to all that is due."""
+        """Call `_advance` at that time, unless it has passed. An earlier timer stays, since it sets the next one."""
         if now < when < self._wakes_at:
             if self._timer:
                 self._timer.cancel()
@@ -242,7 +242,7 @@ class Coalescer(Generic[Result]):
         self._advance()
 
     def _newest(self) -> _Run | None:
-        """The run in flight that was started last."""
+        """The run in flight that started last."""
         for run in reversed(self._runs):
             if not run.cancelled:
                 return run
@@ -270,11 +270,11 @@ class Coalescer(Generic[Result]):
     def _cancel(self, run: _Run) -> None:
         run.cancelled = True
         run.task.cancel()
-        if run.reach == math.inf:  # its task will never take a step, in which it could end the run
+        if run.reach == math.inf:  # its task never takes a step, so it cannot end the run itself
             self._ended(run, "cancelled", 0)
 
     async def _execute(self, run: _Run) -> None:
-        # Good for no more callers from now on: those who came since the task was made are still answered freshly.
+        # Callers who come from now on need another run. Those who came since the task was created get a fresh answer.
         run.reach, run.started = self._arrivals, asyncio.get_running_loop().time()
         self._wake_at(run.started, run.started + self._wait)
         try:
@@ -284,7 +284,7 @@ class Coalescer(Generic[Result]):
                 self._ended(run, "cancelled", 0)
             elif isinstance(error, Exception):
                 self._failed(run, error)
-            else:  # the function has cancelled itself, or the event loop ends
+            else:  # the function cancelled itself, or the event loop is closing
                 self._failed(run, RuntimeError("the run was cancelled"))
             if not isinstance(error, Exception):
                 raise
