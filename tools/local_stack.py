@@ -99,7 +99,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.append(number))
     gateway_port, service_port = free_port("GATEWAY_PORT", 8000), free_port("MESSAGE_SERVICE_PORT", 8001)
-    with contextlib.nullcontext() if os.environ.get("DB_HOST") else database():
+    host = os.environ.get("DB_HOST")
+    if host:  # one that a shell still has set may be away: `--apply-schema` waits in silence
+        print(f"using the database at {host}, after waiting a minute at most for it")
+    with contextlib.nullcontext() if host else database():
         os.environ.update(DOWNSTREAM_URL=f"http://{HOST}:{service_port}", PORT=str(service_port))
         run(sys.executable, "-m", "message_service", "--apply-schema")
         with running(sys.executable, "-m", "message_service") as service:
