@@ -85,7 +85,10 @@ define install
 endef
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
-lock: .venv/.dev  ## lock the dependencies in pyproject.toml again, with hashes
+lock: .venv/.dev  ## lock the dependencies in pyproject.toml again, with hashes; with Python 3.11
+	@# A newer Python's lock lacks what only the oldest needs, so that nothing could be installed there.
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	echo "the lock has to be made with Python 3.11: rm -r .venv && make lock PYTHON=/path/to/python3.11"; exit 1; }
 	$(BIN)/pip-compile $(LOCK) --output-file requirements/runtime.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements/local.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements/dev.txt pyproject.toml
