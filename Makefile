@@ -12,7 +12,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; half a minute the first time, then seconds
+run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; a minute the first time, then seconds
 	@$(BIN)/python -u -m tools.local_stack
 
 test: .venv/.dev  ## run every test, against a real PostgreSQL and real sockets; 5 minutes on two cores
