@@ -6,7 +6,9 @@ import dataclasses
 import http.client
 import importlib.util
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,27 @@ def test_commands_can_be_typed(page: Path) -> None:
             assert (ROOT / file).exists(), command
         for service in re.findall(r"docker compose (?:exec|restart|logs|run) ([a-z][\w-]+)", command):
             assert service in composition, command
+
+
+@each_page
+def test_commands_select_tests(page: Path) -> None:
+    """Each `pytest` command on a page selects at least one test."""
+    for arguments in re.findall(r"python -m pytest (.+)", "\n".join(commands(page))):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *shlex.split(arguments)]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0, arguments
+
+
+def test_each_problem_is_explained() -> None:
+    """The page about the API says what to do about each type of problem."""
+    types = re.findall(r"urn:problem-type:messages:([\w-]+)", (ROOT / "openapi.yaml").read_text())
+    table = (ROOT / "docs/api.md").read_text()
+    assert [kind for kind in sorted(set(types)) if f"| `{kind}` |" not in table] == []
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda lock: lock.name)
+def test_locks_are_for_the_oldest_python(lock: Path) -> None:
+    """A lock made with a newer Python lacks packages that only the oldest one needs."""
+    assert "with Python 3.11\n" in lock.read_text()
 
 
 async def test_the_answer_in_the_readme_is_a_real_one(system: System) -> None:
