@@ -8,6 +8,7 @@ import asyncio
 import base64
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -234,6 +235,7 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
+@functools.lru_cache(maxsize=2)  # most answers are the same as the last one
 def read_content(status: int, media_type: str, body: bytes) -> str | None:
     """The message in an answer of the message service, None if there is none.
 
