@@ -20,7 +20,13 @@ import pytest
 
 from kit import ROOT, eventually, wait_until
 
-DEFAULTS = {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "json"}
+DEFAULTS = {
+    "HOST": "127.0.0.1",
+    "PORT": "0",
+    "LOG_FORMAT": "json",
+    # aiohttp reads the system's certificate authorities when it is imported, a sixth of a start; no test needs them.
+    "SSL_CERT_FILE": os.devnull,
+}
 
 
 def environment(settings: dict[str, Any]) -> dict[str, str]:
