@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import MakePeer, MakeProxy, Start
+from conftest import MakePeer, MakeProxy, Start, System
 from kit import eventually, memory, open_sockets, reserve_port
 from kit.client import Answer, get
 from kit.network import reset, response, unanswered_port
@@ -99,6 +99,12 @@ ANSWERS: dict[int, dict[str, bytes | object]] = {
     504: {"its database is slow": problem(504, "timeout"), "says nothing": says_nothing, "drips": drips},
 }
 KINDS = {404: "no-message", 502: "bad-downstream", 503: "unavailable", 504: "timeout"}
+
+
+@pytest.fixture
+def database(system: System) -> Database:
+    """The shared one, since it is only read here."""
+    return system.database
 
 
 async def test_whatever_it_says_the_client_gets_a_clear_answer(start: Start, make_peer: MakePeer) -> None:

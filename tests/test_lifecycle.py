@@ -95,10 +95,10 @@ API = {"gateway": "/api/string", "message_service": "/api/message"}
 
 
 @pytest.fixture
-async def server(request: pytest.FixtureRequest, start: Start, database: Database, system: System) -> Server:
-    """A server of the parameter's name (and settings), in a working system."""
+async def server(request: pytest.FixtureRequest, start: Start, system: System) -> Server:
+    """A server of the parameter's name (and settings), in a system that works."""
     name, settings = request.param
-    return await start(name, **database.settings(), DOWNSTREAM_URL=system.service.url, **settings)
+    return await start(name, **system.database.settings(), DOWNSTREAM_URL=system.service.url, **settings)
 
 
 def servers(**settings: float) -> pytest.MarkDecorator:
@@ -173,12 +173,11 @@ async def test_signals_to_the_very_end(server: Server, number: signal.Signals) -
 
 
 @servers(SHUTDOWN_SECONDS=5, DB_TIMEOUT=5)
-async def test_what_is_in_flight_is_finished(server: Server, database: Database, system: System) -> None:
-    """A long request gets its answer, while new connections are refused."""
-    locked = database if server.name == "message_service" else system.database
-    with locked.locked():
+async def test_what_is_in_flight_is_finished(server: Server, system: System) -> None:
+    """A request that takes a while gets its answer, while nobody can connect any more."""
+    with system.database.locked():
         waiting = asyncio.create_task(get(server.url + API[server.name]))
-        await eventually(lambda: database.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
+        await eventually(lambda: system.database.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
         server.terminate()
         await eventually(lambda: refuses(server))
         await asyncio.sleep(0.5)

@@ -10,7 +10,7 @@ import pytest
 from conftest import Start, System
 from kit import ROOT, eventually
 from kit.client import exchange, get
-from kit.postgres import Database
+from kit.processes import Server
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import VERSION
@@ -28,10 +28,15 @@ async def scrape(url: str) -> dict[str, float]:
 
 
 @pytest.fixture
-async def fresh(start: Start, database: Database) -> System:
-    """A system with counters of its own."""
-    service = await start("message_service", **database.settings())
-    return System(await start("gateway", DOWNSTREAM_URL=service.url), service, database)
+async def gateway(start: Start, system: System) -> Server:
+    """A gateway whose counts are the test's own, in front of the shared message service."""
+    return await start("gateway", DOWNSTREAM_URL=system.service.url)
+
+
+@pytest.fixture
+async def service(start: Start, system: System) -> Server:
+    """A message service whose counts are the test's own."""
+    return await start("message_service", **system.database.settings())
 
 
 REQUESTS = (
@@ -39,9 +44,9 @@ REQUESTS = (
 )
 
 
-async def test_requests_are_counted_by_method_route_and_status(fresh: System) -> None:
-    """Each kind of request has its own count; nothing that a client makes up becomes a label."""
-    url = fresh.gateway.url
+async def test_requests_are_counted_by_method_route_and_status(gateway: Server) -> None:
+    """Each kind of request has its own count; what a client makes up is no label."""
+    url = gateway.url
     etag = (await get(url + "/api/string")).headers["ETag"]
     await get(url + "/api/string", "HEAD")
     await get(url + "/api/string", headers={"If-None-Match": etag})
@@ -62,29 +67,30 @@ async def test_requests_are_counted_by_method_route_and_status(fresh: System) ->
     assert samples["http_server_active_requests"] == 1  # the one that asks
 
 
-async def test_coalescing_and_connections_are_counted(fresh: System) -> None:
-    """Runs by outcome, callers that shared them, and open connections."""
+async def test_coalescing_and_connections_are_counted(start: Start, service: Server) -> None:
+    """Runs by outcome, callers that shared them, and the connections that are open."""
+    gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     for _ in range(3):
-        await get(fresh.gateway.url + "/api/string")
-    samples = await scrape(fresh.gateway.url)
+        await get(gateway.url + "/api/string")
+    samples = await scrape(gateway.url)
     assert total(samples, "coalescing_run_callers_sum outcome=answered") == 3
     assert total(samples, "coalescing_run_callers_bucket le=1.0 outcome=answered") == 3
-    runs = total(samples, "coalescing_run_callers_count")  # more than three if the machine is busy and one was late
-    samples = await scrape(fresh.service.url)
+    runs = total(samples, "coalescing_run_callers_count")  # more than three where the machine is busy and one was late
+    samples = await scrape(service.url)
     assert 3 <= total(samples, "coalescing_run_callers_sum outcome=answered") <= runs
     assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
     assert samples["db_client_connection_count db_client_connection_state=used"] == 0
     assert samples["db_client_connection_max"] == 4
 
 
-async def test_callers_that_share_a_run_are_counted(fresh: System) -> None:
-    """Twenty at once are twenty callers in fewer runs; late runs and their second tries are counted separately."""
-    with fresh.database.locked():
-        asked = [asyncio.create_task(get(fresh.gateway.url + "/api/string")) for _ in range(20)]
-        await eventually(lambda: active(fresh.gateway.url, 20))
-        await eventually(lambda: has(fresh.gateway.url, "coalescing_run_callers_count outcome=cancelled reason=late"))
+async def test_callers_that_share_a_run_are_counted(gateway: Server, system: System) -> None:
+    """Twenty at once are twenty callers, in fewer runs; those that were late, and their company, count apart."""
+    with system.database.locked():
+        asked = [asyncio.create_task(get(gateway.url + "/api/string")) for _ in range(20)]
+        await eventually(lambda: active(gateway.url, 20))
+        await eventually(lambda: has(gateway.url, "coalescing_run_callers_count outcome=cancelled reason=late"))
     assert {(await each).status for each in asked} == {200}
-    samples = await scrape(fresh.gateway.url)
+    samples = await scrape(gateway.url)
     answered = {name: value for name, value in samples.items() if "outcome=answered" in name}
     assert sum(value for name, value in answered.items() if "_sum" in name) == 20
     assert 0 < sum(value for name, value in answered.items() if "_count" in name) < 20
@@ -102,23 +108,23 @@ async def active(url: str, count: int) -> bool:
     return (await scrape(url))["http_server_active_requests"] == count + 1  # the one that asks
 
 
-async def test_what_holds_up_the_event_loop_shows(fresh: System) -> None:
-    """The lag of a server that stood still; also the versions of the server and of Python."""
-    fresh.gateway.freeze()
+async def test_what_holds_up_the_event_loop_shows(gateway: Server) -> None:
+    """A server that stood still says so; its version and its Python's are there as well."""
+    gateway.freeze()
     await asyncio.sleep(1)
-    fresh.gateway.resume()
+    gateway.resume()
 
     async def lags() -> bool:
-        return (await scrape(fresh.gateway.url))["event_loop_lag_seconds_sum"] > 0.4
+        return (await scrape(gateway.url))["event_loop_lag_seconds_sum"] > 0.4
 
     await eventually(lags)
-    samples = await scrape(fresh.gateway.url)
+    samples = await scrape(gateway.url)
     assert samples[f"messages_build_info python={platform.python_version()} version={VERSION}"] == 1
 
 
-async def test_a_connection_is_idle_or_used(fresh: System) -> None:
-    """One that waits for a locked table is used; once its query has ended, it is idle again."""
-    url = fresh.service.url
+async def test_a_connection_is_idle_or_used(service: Server, system: System) -> None:
+    """One that waits for a locked table is used; when its query has ended it is idle again."""
+    url = service.url
 
     async def shows(*, used: bool) -> bool:
         samples = await scrape(url)
@@ -128,7 +134,7 @@ async def test_a_connection_is_idle_or_used(fresh: System) -> None:
         return [count > 0 for count in counts] == [used, not used]  # several, if a late query got company
 
     await get(url + "/api/message")
-    with fresh.database.locked():
+    with system.database.locked():
         waiting = asyncio.create_task(get(url + "/api/message"))
         await eventually(lambda: shows(used=True))
     assert (await waiting).status == 200

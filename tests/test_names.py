@@ -10,13 +10,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import MakePeer, MakeProxy, Start
+from conftest import MakePeer, MakeProxy, Start, System
 from kit import eventually
 from kit.client import get
 from kit.network import NameServer, name_server, response, unanswered_port
 from kit.postgres import Database
 
 API = {"gateway": "/api/string", "message_service": "/api/message"}
+
+
+@pytest.fixture
+def database(system: System) -> Database:
+    """The shared one, since it is only read here."""
+    return system.database
 
 
 class Names:

@@ -65,22 +65,19 @@ def test_wrong_settings_are_told_all_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
+    "wrong",
     [
-        ("DB_PASSWORD", "gr\udcfcn-Pa55"),  # in Latin-1: the byte FC
-        ("DB_PASSWORD", "\udcff\udcfePa55"),
-        ("DB_PASSWORD", "Pa55\n"),
-        ("DB_OWNER_PASSWORD", "gr\udcfcn-Pa55"),
-        ("DB_HOST", "postgres://me:Pa55@db/mydb"),
-        ("DB_HOST", "host=db password=Pa55"),
+        {"DB_PASSWORD": "gr\udcfcn-Pa55", "DB_HOST": "postgres://me:Pa55@db/mydb"},  # in Latin-1: the byte FC
+        {"DB_PASSWORD": "\udcff\udcfePa55", "DB_HOST": "host=db password=Pa55"},
+        {"DB_PASSWORD": "Pa55\n", "DB_OWNER_PASSWORD": "gr\udcfcn-Pa55"},
     ],
 )
-def test_a_secret_that_is_wrong_is_hidden(variable: str, value: str) -> None:
-    """One line without any of it; exit status 2."""
-    wrong: dict[str, Any] = {variable: value}
+def test_a_secret_that_is_wrong_is_hidden(wrong: dict[str, Any]) -> None:
+    """One line for each, which holds nothing of it; exit status 2."""
     ended = run("-m", "message_service", **wrong)
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert f"{variable}: (hidden)" in ended.stderr
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, len(wrong))
+    for variable in wrong:
+        assert f"{variable}: (hidden)" in ended.stderr
     assert "Pa55" not in ended.stderr
 
 
