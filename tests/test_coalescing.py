@@ -480,9 +480,9 @@ def explore(loop: ManualLoop, limit: int, prefix: tuple[Event, ...], depth: int)
         (2, LATE, 3),
         (2, LATE_AT_THE_LIMIT, 3),
         (2, FAILED, 3),
-        (3, TWO_RUNS_AND_A_BATCH, 3),
-        (3, LATE, 3),
-        (4, LATE_AT_THE_LIMIT, 3),
+        pytest.param(3, TWO_RUNS_AND_A_BATCH, 3, marks=pytest.mark.matrix),
+        pytest.param(3, LATE, 3, marks=pytest.mark.matrix),
+        pytest.param(4, LATE_AT_THE_LIMIT, 3, marks=pytest.mark.matrix),
     ],
 )
 def test_every_short_history_keeps_the_guarantees(
@@ -1020,7 +1020,7 @@ def test_whose_time_is_up_gets_the_last_error(loop: ManualLoop) -> None:
     world.finish()
 
 
-@pytest.mark.parametrize("pause", [0.05, 0.3])
+@pytest.mark.parametrize("pause", [pytest.param(0.05, marks=pytest.mark.matrix), 0.3])
 def test_the_load_of_a_long_silence_is_as_without_company(pause: float) -> None:
     """Callers that stay unanswered for some seconds cause no more runs than if none were ever late."""
 

@@ -156,7 +156,7 @@ async def test_the_clock_jumps(observed: StartObserved, system: System, note: Ro
 STDERR = {"closed": "2>&-", "full (`/dev/full`)": "2>/dev/full", "a pipe without a reader": "2> >(true)"}
 
 
-@BOTH
+@pytest.mark.parametrize("name", ["gateway", pytest.param("message_service", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize(
     "where", [pytest.param(where, marks=row(f"stderr {name}", "200")) for name, where in STDERR.items()]
 )

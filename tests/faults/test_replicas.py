@@ -177,13 +177,12 @@ async def test_one_is_cut_off(network_if_permitted: IPTables | None, replicas: R
             network_if_permitted("-A", "INPUT", "-p", "tcp", f"--{side}", port, "-j", "DROP")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "cut",
     [
         pytest.param(lambda proxy: (proxy.refuse(), proxy.cut()), marks=row("its database refuses"), id="refused"),
-        pytest.param(
-            lambda proxy: proxy.freeze(), marks=[row("its database is silent"), pytest.mark.matrix], id="silent"
-        ),
+        pytest.param(lambda proxy: proxy.freeze(), marks=row("its database is silent"), id="silent"),
     ],
 )
 async def test_one_loses_its_database(replicas: Replicas, pair: Pair, cut: Callable[[Proxy], None]) -> None:
