@@ -21,7 +21,7 @@ test: .venv/.dev  ## run every test, against a real PostgreSQL and real sockets;
 faults: .venv/.dev  ## break every part under load, 10 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
 
-check: .venv/.dev  ## check lint, types, containers and Kubernetes schemas; 20 s
+check: .venv/.dev .venv/.check  ## lint, types, containers, Kubernetes schemas; 20 s
 	@echo "ruff: lint"; $(BIN)/ruff check --quiet .
 	@echo "ruff: format"; $(BIN)/ruff format --quiet --diff .
 	@echo "mypy"; $(BIN)/mypy --no-error-summary
@@ -91,7 +91,8 @@ lock: .venv/.dev  ## lock the dependencies in pyproject.toml again, with hashes;
 	echo "the lock has to be made with Python 3.11: rm -r .venv && make lock PYTHON=/path/to/python3.11"; exit 1; }
 	$(BIN)/pip-compile $(LOCK) --output-file requirements/runtime.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements/local.txt pyproject.toml
-	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra check --extra lock --output-file requirements/dev.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra lock --output-file requirements/dev.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra check --constraint requirements/dev.txt --output-file requirements/check.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra aws --constraint requirements/dev.txt --output-file requirements/aws.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --extra bench --output-file requirements/bench.txt pyproject.toml
 LOCK := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
