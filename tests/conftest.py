@@ -65,7 +65,7 @@ def database(provider: Provider) -> Iterator[Database]:
     """A fresh database with the sample messages."""
     database = provider.create()
     yield database
-    provider.drop(database)
+    provider.take_back(database)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def empty_database(provider: Provider) -> Iterator[Database]:
     """A fresh database to which schema.sql was not applied."""
     database = provider.create(empty=True)
     yield database
-    provider.drop(database)
+    provider.take_back(database)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def shared_system(provider: Provider) -> Iterator[System]:
     gateway = Server("gateway", "-m", "gateway", DOWNSTREAM_URL=wait_listening(service).url)
     yield System(wait_listening(gateway), service, database)
     close_all([service, gateway])
-    provider.drop(database)
+    provider.take_back(database)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from conftest import MakeCluster, MakePeer, MakeProxy
 from kit import eventually
 from kit.client import get
 from kit.network import name_server, response, unanswered_port
-from kit.postgres import Cluster, Database
+from kit.postgres import Cluster, Database, Provider
 
 
 def test_each_test_has_a_database_of_its_own(database: Database, empty_database: Database) -> None:
@@ -16,6 +16,33 @@ def test_each_test_has_a_database_of_its_own(database: Database, empty_database:
     assert database.sql("SELECT count(*) FROM messages") == [(3,)]
     with pytest.raises(psycopg2.errors.UndefinedTable):
         empty_database.sql("SELECT count(*) FROM messages")
+
+
+def test_a_database_that_was_used_is_as_new(provider: Provider) -> None:
+    """Whatever the test before has done to it, and whoever is still connected."""
+    own = Provider(provider.maintenance)
+    used, new = own.create(), own.create()
+    used.set_message("changed")
+    used.sql("ALTER TABLE messages RENAME TO elsewhere")
+    used.sql("CREATE VIEW messages AS SELECT * FROM elsewhere")
+    used.sql(f"ALTER DATABASE {used.name} SET default_transaction_read_only = on")
+    connected = Database(used.name, used.user, used.password, used.host, used.port, used.admin_host).connect()
+    connected.cursor().execute("LOCK TABLE elsewhere")
+    own.take_back(used)
+    again = own.create()
+    assert again.name == used.name
+    for query in (
+        "SELECT * FROM messages ORDER BY id",
+        "SELECT relname, relkind, relowner, relacl FROM pg_class WHERE relnamespace = 'public'::regnamespace",
+        "SELECT nspname, nspowner::regrole, nspacl FROM pg_namespace WHERE nspname !~ '^pg_' ORDER BY 1",
+        "SHOW default_transaction_read_only",
+    ):
+        assert sorted(again.sql(query), key=str) == sorted(new.sql(query), key=str)
+    with pytest.raises(psycopg2.OperationalError):
+        connected.cursor().execute("SELECT 1")
+    for database in (again, new):
+        own.take_back(database)
+    own.close()
 
 
 @pytest.mark.parametrize("end", [Cluster.stop, Cluster.kill])

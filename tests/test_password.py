@@ -21,7 +21,7 @@ def role(provider: Provider, database: Database) -> Iterator[str]:
     database.sql(f"CREATE ROLE {name} LOGIN PASSWORD 'first'")
     database.sql(f"GRANT SELECT ON messages TO {name}")
     yield name
-    provider.drop(database)
+    provider.take_back(database)
     provider.maintenance.sql(f"DROP ROLE {name}")
 
 

@@ -32,7 +32,7 @@ def reader(provider: Provider, database: Database) -> Iterator[Database]:
     database.sql(f"CREATE ROLE {name} LOGIN PASSWORD %s", READER_PASSWORD)
     database.sql(f"GRANT SELECT ON messages TO {name}")
     yield Database(database.name, name, READER_PASSWORD, database.host, database.port)
-    provider.drop(database)
+    provider.take_back(database)
     provider.maintenance.sql(f"DROP ROLE {name}")
 
 

@@ -128,33 +128,47 @@ class Database:
             connection.close()
 
 
+# As in a new database.
+EMPTY = """
+DROP SCHEMA public CASCADE;
+CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+GRANT USAGE ON SCHEMA public TO PUBLIC
+"""
+
+
 class Provider:
-    """Gives each test a database of its own, made from a template to which schema.sql was applied."""
+    """Gives each test a database of its own: a new one, or one that a test before has emptied.
+
+    Emptying one takes 35 ms of CPU; making and dropping one takes 100 to 300.
+    """
 
     def __init__(self, maintenance: Database):
         self.maintenance = maintenance
-        self.template = f"template_{uuid.uuid4().hex[:12]}"
-        self._create(self.template, "template0")
-        self._database(self.template).sql(SCHEMA)
+        self._empty: set[str] = set()
 
     def create(self, *, empty: bool = False) -> Database:
         """A fresh database; `empty`: schema.sql was not applied to it."""
-        name = f"test_{uuid.uuid4().hex[:12]}"
-        self._create(name, "template0" if empty else self.template)
-        return self._database(name)
+        if not self._empty:
+            name = f"test_{uuid.uuid4().hex[:12]}"
+            self.maintenance.sql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
+            self._empty.add(name)
+        database = self._database(self._empty.pop())
+        if not empty:
+            database.sql(SCHEMA)
+        return database
 
-    def drop(self, database: Database) -> None:
-        """Remove a database, whoever is connected to it."""
+    def take_back(self, database: Database) -> None:
+        """Empty a database, whoever is connected to it."""
         database.close()
-        self.maintenance.sql(f'DROP DATABASE IF EXISTS "{database.name}" WITH (FORCE)')
+        self.maintenance.sql(f"ALTER DATABASE {database.name} RESET ALL")
+        database.terminate_backends()
+        database.sql(EMPTY)
+        self._empty.add(database.name)
 
     def close(self) -> None:
-        """Remove the template."""
-        self.drop(self._database(self.template))
-
-    def _create(self, name: str, template: str) -> None:
-        encoding = " ENCODING 'UTF8' LOCALE 'C'" if template == "template0" else ""
-        self.maintenance.sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}"{encoding}')
+        """Remove them all."""
+        for name in self._empty:
+            self.maintenance.sql(f"DROP DATABASE {name} WITH (FORCE)")
 
     def _database(self, name: str) -> Database:
         m = self.maintenance
