@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 from conftest import Start, System
@@ -142,9 +143,15 @@ async def test_a_connection_is_idle_or_used(service: Server, system: System) -> 
 
 
 async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> None:
-    """A database that refuses connections shows at the message service, whose answer shows at the gateway."""
-    service = await start("message_service", DB_HOST="127.0.0.1", DB_PORT=1)
-    gateway = await start("gateway", DOWNSTREAM_URL=service.url)
+    """A database that refuses connections shows at the message service, and that one's answer at the gateway."""
+
+    def patient(name: str) -> dict[str, Any]:
+        """However busy the machine is, nothing is asked once more because it is late."""
+        main = f"lifecycle.main('{name}', '', {name}.Settings, {name}.application)"
+        return {"name": name, "program": ("-c", f"import lifecycle, {name}; {name}.PATIENCE = 60; {main}")}
+
+    service = await start(**patient("message_service"), DB_HOST="127.0.0.1", DB_PORT=1)
+    gateway = await start(**patient("gateway"), DOWNSTREAM_URL=service.url)
     assert (await get(gateway.url + "/api/string")).status == 503
     samples = await scrape(gateway.url)
     repeats = samples["coalescing_run_callers_count outcome=failed reason=failed"]
