@@ -15,8 +15,8 @@ help:  ## list the targets
 run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; a minute the first time, then seconds
 	@$(BIN)/python -u -m tools.local_stack
 
-test: .venv/.dev  ## run every test, against a real PostgreSQL and real sockets; 5 minutes on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two cores
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 faults: .venv/.dev  ## break every part under load, 10 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
