@@ -96,7 +96,7 @@ API = {"gateway": "/api/string", "message_service": "/api/message"}
 
 @pytest.fixture
 async def server(request: pytest.FixtureRequest, start: Start, system: System) -> Server:
-    """A server of the parameter's name (and settings), in a system that works."""
+    """A server of the parameter's name (and settings), in a working system."""
     name, settings = request.param
     return await start(name, **system.database.settings(), DOWNSTREAM_URL=system.service.url, **settings)
 
@@ -174,7 +174,7 @@ async def test_signals_to_the_very_end(server: Server, number: signal.Signals) -
 
 @servers(SHUTDOWN_SECONDS=5, DB_TIMEOUT=5)
 async def test_what_is_in_flight_is_finished(server: Server, system: System) -> None:
-    """A request that takes a while gets its answer, while nobody can connect any more."""
+    """A long request gets its answer, while new connections are refused."""
     with system.database.locked():
         waiting = asyncio.create_task(get(server.url + API[server.name]))
         await eventually(lambda: system.database.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))

@@ -46,7 +46,7 @@ REQUESTS = (
 
 
 async def test_requests_are_counted_by_method_route_and_status(gateway: Server) -> None:
-    """Each kind of request has its own count; what a client makes up is no label."""
+    """Each kind of request has its own count; nothing that a client makes up becomes a label."""
     url = gateway.url
     etag = (await get(url + "/api/string")).headers["ETag"]
     await get(url + "/api/string", "HEAD")
@@ -69,14 +69,14 @@ async def test_requests_are_counted_by_method_route_and_status(gateway: Server) 
 
 
 async def test_coalescing_and_connections_are_counted(start: Start, service: Server) -> None:
-    """Runs by outcome, callers that shared them, and the connections that are open."""
+    """Runs by outcome, callers that shared them, and open connections."""
     gateway = await start("gateway", DOWNSTREAM_URL=service.url)
     for _ in range(3):
         await get(gateway.url + "/api/string")
     samples = await scrape(gateway.url)
     assert total(samples, "coalescing_run_callers_sum outcome=answered") == 3
     assert total(samples, "coalescing_run_callers_bucket le=1.0 outcome=answered") == 3
-    runs = total(samples, "coalescing_run_callers_count")  # more than three where the machine is busy and one was late
+    runs = total(samples, "coalescing_run_callers_count")  # more than three if the machine is busy and one was late
     samples = await scrape(service.url)
     assert 3 <= total(samples, "coalescing_run_callers_sum outcome=answered") <= runs
     assert samples["db_client_connection_count db_client_connection_state=idle"] == 1
@@ -85,7 +85,7 @@ async def test_coalescing_and_connections_are_counted(start: Start, service: Ser
 
 
 async def test_callers_that_share_a_run_are_counted(gateway: Server, system: System) -> None:
-    """Twenty at once are twenty callers, in fewer runs; those that were late, and their company, count apart."""
+    """Twenty at once are twenty callers in fewer runs; late runs and their second tries are counted separately."""
     with system.database.locked():
         asked = [asyncio.create_task(get(gateway.url + "/api/string")) for _ in range(20)]
         await eventually(lambda: active(gateway.url, 20))
@@ -110,7 +110,7 @@ async def active(url: str, count: int) -> bool:
 
 
 async def test_what_holds_up_the_event_loop_shows(gateway: Server) -> None:
-    """A server that stood still says so; its version and its Python's are there as well."""
+    """The lag of a server that stood still; also the versions of the server and of Python."""
     gateway.freeze()
     await asyncio.sleep(1)
     gateway.resume()
@@ -124,7 +124,7 @@ async def test_what_holds_up_the_event_loop_shows(gateway: Server) -> None:
 
 
 async def test_a_connection_is_idle_or_used(service: Server, system: System) -> None:
-    """One that waits for a locked table is used; when its query has ended it is idle again."""
+    """One that waits for a locked table is used; once its query has ended, it is idle again."""
     url = service.url
 
     async def shows(*, used: bool) -> bool:
@@ -143,7 +143,7 @@ async def test_a_connection_is_idle_or_used(service: Server, system: System) -> 
 
 
 async def test_failures_behind_a_server_are_counted_by_kind(start: Start) -> None:
-    """A database that refuses connections shows at the message service, and that one's answer at the gateway."""
+    """A database that refuses connections shows at the message service, whose answer shows at the gateway."""
 
     def patient(name: str) -> dict[str, Any]:
         """However busy the machine is, nothing is asked once more because it is late."""

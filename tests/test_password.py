@@ -26,7 +26,7 @@ def role(provider: Provider, database: Database) -> Iterator[str]:
 
 
 async def test_a_rotated_password_needs_no_restart(database: Database, role: str, start: Start, tmp_path: Path) -> None:
-    """Changed in the database and in the file, and the connections ended: the next request succeeds."""
+    """After a change in the database and in the file, with all connections ended, the next request succeeds."""
     file = tmp_path / "password"
     file.write_text("first\n")
     settings = database.settings(DB_USER=role, DB_PASSWORD=None, DB_PASSWORD_FILE=file)
@@ -49,7 +49,7 @@ SECRET = "s3cret-Pa55word"
 
 
 async def test_a_secret_is_in_no_log_and_no_answer(database: Database, role: str, start: Start) -> None:
-    """Neither when it is right nor when it is wrong, at any log level."""
+    """Whether it is right or wrong, at any log level."""
     settings = {"DB_USER": role, "DB_PASSWORD": SECRET, "LOG_LEVEL": "debug", "ACCESS_LOG": "all"}
     database.sql(f"ALTER ROLE {role} PASSWORD %s", SECRET)
     service = await start("message_service", **database.settings(**settings))
@@ -111,7 +111,7 @@ def test_an_error_that_holds_its_input_is_logged_without_it(secret: bytes | str)
 
 
 def test_a_secret_is_in_no_message_of_the_command_line(database: Database, tmp_path: Path) -> None:
-    """Not in the help, not among wrong settings, not when the schema can not be applied."""
+    """Not in the help, not among wrong settings, not when the schema cannot be applied."""
     good = database.settings(DB_PASSWORD=SECRET)
     file = tmp_path / "password"
     file.write_text(SECRET)

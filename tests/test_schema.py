@@ -37,7 +37,7 @@ def reader(provider: Provider, database: Database) -> Iterator[Database]:
 
 
 async def test_the_schema_is_applied_once_by_four_at_a_time(empty_database: Database) -> None:
-    """All exit with 0, the samples are there once; a message that was changed since is kept."""
+    """All exit 0, and the samples are there once; a message changed since then is kept."""
 
     # Each is held where it is about to create the table, so that all four would, if they did not wait for each other.
     together = empty_database.connect()

@@ -121,7 +121,7 @@ Services = list[tuple[str | None, Server]]
 
 @pytest.fixture(scope="module")
 def services(tls_cluster: TLSCluster) -> Iterator[Services]:
-    """A message service for each mode, with one connection, and time enough to tell "at once" from "in time"."""
+    """A message service for each mode, with one connection, and enough time to tell "at once" from "in time"."""
     settings = tls_cluster.database().settings(DB_TIMEOUT=10, DB_POOL_SIZE=1, ACCESS_LOG="all")
     command = "-m", "message_service"
     started = [Server("message_service", *command, **settings, DB_SSLMODE=mode or "") for mode in MODES]
@@ -138,7 +138,7 @@ async def ask(service: Server) -> tuple[int, str]:
 
 
 async def test_it_connects_where_libpq_does(tls_cluster: TLSCluster, services: Services) -> None:
-    """With each mode and rule: 200 where libpq connects; else 503 at once, with all of libpq's reasons in the log."""
+    """With each mode and rule: 200 if libpq connects, else 503 at once, with all of libpq's reasons in the log."""
     for (tls, rule), expected in EXPECTED.items():
         tls_cluster.configure(tls=tls, rule=rule)
         connected = set()
@@ -156,7 +156,7 @@ async def test_it_connects_where_libpq_does(tls_cluster: TLSCluster, services: S
 
 
 async def test_one_connection_is_enough(tls_cluster: TLSCluster, services: Services) -> None:
-    """Where the first thing that libpq tries succeeds, nothing else is tried; nor where nobody listens."""
+    """If libpq's first attempt succeeds, there is no second; nor if nothing listens."""
     for tls in (True, False):
         tls_cluster.configure(tls=tls)
         for mode, service in services:
