@@ -39,10 +39,16 @@ class Connection(psycopg2_connection):  # type: ignore[misc]  # psycopg2 has no 
 
     def poll(self) -> int:
         """Raises `psycopg2.NotSupportedError` when libpq goes on with a socket that aiopg does not watch."""
+        socket = self.fileno()
         try:
             state: int = super().poll()
-        except QueryCanceledError as error:  # aiopg would raise CancelledError, as if the client had left
-            raise psycopg2.OperationalError(str(error)) from None
+        except psycopg2.Error as error:
+            # libpq may have closed its socket. aiopg then stops reading from it, but not writing: the event loop would
+            # go on watching a number that is another socket's next.
+            asyncio.get_running_loop().remove_writer(socket)
+            if isinstance(error, QueryCanceledError):  # aiopg would raise CancelledError, as if the client had left
+                raise psycopg2.OperationalError(str(error)) from None
+            raise
         if self.status != STATUS_READY:
             watched, self._inode = self._inode, os.fstat(self.fileno()).st_ino
             if watched not in (None, self._inode):
