@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
 import aiohttp
-import uvloop
 from aiohttp import hdrs, web
 from aiohttp.connector import Connection
 from yarl import URL
@@ -353,11 +352,4 @@ def application(settings: Settings) -> web.Application:
 
 
 if __name__ == "__main__":
-    lifecycle.main(
-        "gateway",
-        "Answers /api/string with what the message service says.",
-        Settings,
-        application,
-        # A sixth less CPU for each request here; the message service gains little, and aiopg breaks on it (aiopg #909).
-        loop_factory=uvloop.new_event_loop,
-    )
+    lifecycle.main("gateway", "Answers /api/string with what the message service says.", Settings, application)

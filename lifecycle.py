@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import uvloop
 from aiohttp import web
 
 import logs
@@ -140,7 +141,6 @@ def main(
     application: MakeApplication,
     *,
     actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     max_files: int = MAX_FILES,
 ) -> NoReturn:
     """Run a server, or one of `actions` (option → function of the settings, help text)."""
@@ -170,7 +170,8 @@ def main(
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
         _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
     logs.configure(name, options.log_level, options.log_format)
-    with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
+    # A sixth to a quarter less CPU for each request than with asyncio's own event loop.
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(application, options, listener, allow_connections(max_files)))
     logging.shutdown()
     sys.exit(0)

@@ -159,7 +159,9 @@ class Chain:
         for server in self.servers:
             kinds: dict[Any, int] = {}
             for line in server.log:
-                kind = line["message"], line.get("status"), line.get("path")
+                # Requests are equal whatever their cause; other failures are when they have the same one.
+                cause = line.get("cause") if "status" not in line else None
+                kind = line["message"], line.get("status"), line.get("path"), cause
                 kinds[kind] = kinds.get(kind, 0) + 1
             often = {kind: count for kind, count in kinds.items() if count > seconds + 2}
             assert not often, often
