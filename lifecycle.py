@@ -31,6 +31,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_FILES = 16_384  # open files, fewer where the system allows fewer; a client's connection takes one, and some 10 kB
 SPARE_FILES = 128  # of them, not for clients: for connections to dependencies, name look-ups
 LAST_ACCEPTS = 1.0  # seconds at most for accepting connections that were made before the signal
+MAX_ACCEPTS = 100  # connections accepted in a turn of the event loop, so that others are served, too
+ACCEPT_PAUSE = 0.01  # seconds without accepting after a failure, which the next attempt would meet, too
 BACKLOG = 4096  # connections that wait to be accepted; the kernel's own limit is usually the same
 
 
@@ -67,7 +69,7 @@ async def serve(
     lag = loop.create_task(metrics.watch_event_loop())
 
     async with Server(application(options), options.access_log, max_connections) as server:
-        acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
+        accepting = loop.create_task(accept_connections(listener, server))
         host, port = listener.getsockname()[:2]
         logs.log(logging.INFO, "listening", host=host, port=port, version=VERSION)
         await stop.wait()
@@ -79,10 +81,9 @@ async def serve(
         give_up = loop.time() + LAST_ACCEPTS
         while is_readable(listener) and loop.time() < give_up and not hurry.is_set():
             await wait_for_event(hurry, 0.001)
-        # Stop accepting, then close: asyncio fails if it closes while accepting a connection (CPython gh-109564).
-        loop.remove_reader(listener)
-        await asyncio.sleep(0.01)
-        acceptor.close()
+        accepting.cancel()
+        await asyncio.wait([accepting])
+        listener.close()
         # 3. Finish requests in flight.
         await server.finish(hurry, options.shutdown_seconds)
         # 4. Close the session or the pool: leaving the context ends the application's cleanup contexts.
@@ -91,6 +92,42 @@ async def serve(
     # 5. Ignore further signals: there is nothing left to hurry.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+async def accept_connections(listener: socket.socket, server: Server) -> None:
+    """Accept connections until cancelled.
+
+    uvloop's `create_server` and `sock_accept` accept one in a turn of the event loop (libuv #3696), so new clients of a
+    busy server would wait for seconds.
+    """
+    loop = asyncio.get_running_loop()
+    listener.setblocking(False)
+    readable = asyncio.Event()
+    connecting: set[asyncio.Task[Any]] = set()
+    try:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:
+                loop.add_reader(listener, readable.set)
+                await readable.wait()
+                loop.remove_reader(listener)
+                readable.clear()
+                continue
+            except OSError as error:  # such as no open files left
+                loop.call_exception_handler({"message": "a connection was not accepted", "exception": error})
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            connection.setblocking(False)
+            task = loop.create_task(loop.connect_accepted_socket(server, connection))
+            connecting.add(task)
+            task.add_done_callback(connecting.discard)
+            if len(connecting) == MAX_ACCEPTS:
+                await asyncio.sleep(0)
+    finally:
+        loop.remove_reader(listener)
+        if connecting:
+            await asyncio.wait(connecting)
 
 
 def allow_connections(max_files: int) -> int:

@@ -1,10 +1,13 @@
 """Applications and the server around them, in this process: what an aiohttp user expects of them."""
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from conftest import Start
@@ -14,6 +17,7 @@ from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
 from yarl import URL
 
 import gateway
+import lifecycle
 import message_service
 from server import Server
 
@@ -251,3 +255,23 @@ async def test_a_program_of_its_own_can_extend_the_gateway(start: Start) -> None
     assert (await get(gateway.url + "/readyz")).status == 503
     gateway.terminate()
     assert await gateway.exit_status(within=3) == 0
+
+
+async def accept_at_once(clients: int) -> None:
+    """Let that many clients connect to a server, and give it a few turns of the event loop to notice."""
+    with lifecycle.listen("127.0.0.1", 0) as listener:
+        async with Server(web.Application()) as server:
+            accepting = asyncio.create_task(lifecycle.accept_connections(listener, server))
+            with contextlib.ExitStack() as stack:
+                for _ in range(clients):
+                    stack.enter_context(socket.create_connection(listener.getsockname()))
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                assert len(server.connections) == clients
+            accepting.cancel()
+
+
+def test_many_clients_connect_at_once() -> None:
+    """New clients need not wait until each one before them has had a turn of a busy server's event loop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(accept_at_once(50))
