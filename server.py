@@ -28,7 +28,8 @@ from responses import REQUEST_ID, Problem, Representation, RepresentationRespons
 VERSION = "0.1.0"
 
 KEEPALIVE_TIMEOUT = 75.0  # seconds; longer than the 60 for which an AWS load balancer keeps an idle connection
-HALF_CLOSED_CHECKS = 100  # at most, one each hundredth of a second, of whether a half-closed connection is idle
+HALF_CLOSED_TIME = 1.0  # seconds in which requests are still answered on a connection that the client has half closed
+IDLE_TURNS = 5  # of the event loop, after which no request is left: between two pipelined ones there are fewer
 LINGERING_TIME = 1.0  # seconds for which the rest of a request's body is read and discarded after the response
 SEND_TIMEOUT = 10.0  # seconds in which a client must read most of what it has been sent
 LAST_REQUESTS = 0.2  # seconds in which the last connections accepted must send their requests
@@ -321,16 +322,17 @@ class _Connection(web.RequestHandler):
 
         For a second: it looks like a client that has left, and work for that one should not go on for long.
         """
-        self._close_when_idle(HALF_CLOSED_CHECKS)
+        self._close_when_idle(asyncio.get_running_loop().time() + HALF_CLOSED_TIME)
         return True
 
-    def _close_when_idle(self, checks: int, was_idle: bool = False) -> None:
-        """Close once it was idle twice in a row: between two pipelined requests, a connection looks idle once."""
-        idle = self._server.is_idle(self)
-        if (idle and was_idle) or not checks:
+    def _close_when_idle(self, deadline: float, idle_turns: int = 0) -> None:
+        loop = asyncio.get_running_loop()
+        if idle_turns == IDLE_TURNS or loop.time() > deadline:
             self.force_close()
-        elif self.transport:
-            asyncio.get_running_loop().call_later(0.01, self._close_when_idle, checks - 1, idle)
+        elif self._server.is_idle(self):
+            loop.call_soon(self._close_when_idle, deadline, idle_turns + 1)
+        else:
+            loop.call_later(0.01, self._close_when_idle, deadline)
 
     def handle_error(
         self,
