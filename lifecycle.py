@@ -95,7 +95,7 @@ async def serve(
 
 
 async def accept_connections(listener: socket.socket, server: Server) -> None:
-    """Accept connections until cancelled.
+    """Accept connections until cancelled; those that are accepted by then are still handed to the server.
 
     uvloop's `create_server` and `sock_accept` accept one in a turn of the event loop (libuv #3696), so new clients of a
     busy server would wait for seconds.
