@@ -262,10 +262,10 @@ class Coalescer(Generic[Result]):
         if reason == "failed":
             self._repeat_after *= 2
         run = _Run(reason)
+        run.task = asyncio.get_running_loop().create_task(self._execute(run), context=self._context.copy())
         self._runs.append(run)
         self._due = math.inf
         self._run_context = self._context
-        run.task = asyncio.get_running_loop().create_task(self._execute(run), context=self._context.copy())
 
     def _cancel(self, run: _Run) -> None:
         run.cancelled = True

@@ -108,18 +108,18 @@ async def accept_connections(listener: socket.socket, server: Server) -> None:
         while True:
             try:
                 connection, _ = listener.accept()
+                connection.setblocking(False)
+                task = loop.create_task(loop.connect_accepted_socket(server, connection))
             except BlockingIOError:
                 loop.add_reader(listener, readable.set)
                 await readable.wait()
                 loop.remove_reader(listener)
                 readable.clear()
                 continue
-            except OSError as error:  # such as no open files left
+            except (OSError, MemoryError) as error:  # such as no open files left
                 loop.call_exception_handler({"message": "a connection was not accepted", "exception": error})
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue
-            connection.setblocking(False)
-            task = loop.create_task(loop.connect_accepted_socket(server, connection))
             connecting.add(task)
             task.add_done_callback(connecting.discard)
             if len(connecting) == MAX_ACCEPTS:
