@@ -9,6 +9,9 @@ BIN := .venv/bin
 .PHONY: help run test faults check aws lock clean bench budget scaling
 .DELETE_ON_ERROR:
 
+# Where the environment forbids byte code, each process of the tests would compile the test tools again.
+unexport PYTHONDONTWRITEBYTECODE
+
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -16,7 +19,7 @@ run: .venv/.local  ## run the whole system on this machine, PostgreSQL included;
 	@$(BIN)/python -u -m tools.local_stack
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two cores
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3
 
 faults: .venv/.dev  ## break every part under load, 10 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
@@ -85,13 +88,13 @@ define install
 endef
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
-lock: .venv/.dev  ## lock the dependencies in pyproject.toml again, with hashes; with Python 3.11
+lock: .venv/.check  ## lock the dependencies in pyproject.toml again, with hashes; with Python 3.11
 	@# A newer Python's lock lacks what only the oldest needs, so that nothing could be installed there.
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	echo "the lock has to be made with Python 3.11: rm -r .venv && make lock PYTHON=/path/to/python3.11"; exit 1; }
 	$(BIN)/pip-compile $(LOCK) --output-file requirements/runtime.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --output-file requirements/local.txt pyproject.toml
-	$(BIN)/pip-compile $(LOCK) --extra local --extra test --extra lock --output-file requirements/dev.txt pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --extra local --extra test --output-file requirements/dev.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra check --constraint requirements/dev.txt --output-file requirements/check.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra aws --constraint requirements/dev.txt --output-file requirements/aws.txt pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --extra local --extra bench --output-file requirements/bench.txt pyproject.toml

@@ -26,11 +26,27 @@ from kit.faults import (  # noqa: F401  # fixtures and hooks for tests/faults/
 from kit.network import Peer, Proxy, Script
 from kit.postgres import Cluster, Database, Provider, make_folder
 from kit.processes import Server, wait_listening
+from xdist.scheduler import LoadFileScheduling
 
 Start = Callable[..., Awaitable[Server]]
 MakeCluster = Callable[..., Cluster]
 MakeProxy = Callable[..., Awaitable[Proxy]]
 MakePeer = Callable[..., Awaitable[Peer]]
+
+
+class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist declares no types
+    """Like `--dist loadfile`: tests of a file run in one process and share what it has started.
+
+    The browser's tests share Docker's process: Docker changes the machine's network, and Chromium then drops requests.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "tests/test_docker.py" if file == "tests/test_page.py" else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -253,21 +253,19 @@ async def test_a_burst_shows_how_few_queries_there_were(system: System, show: Sh
     page = await show(system.gateway.url)
     await page.get_by_role("button", name="Pause").click()  # so that nothing else is counted
     send = page.get_by_role("button", name="Send 300 requests")
-    for _ in range(5):  # while the machine's network changes, Chromium repeats the requests that it has dropped
+    for _ in range(5):  # while the machine's network changes, Chromium drops requests, and repeats some of them
         before = await runs(system)
         await send.focus()
         await page.keyboard.press("Enter")
         await page.locator("#send:not([aria-disabled])").wait_for()
         result = await page.locator("#result").inner_text()
         answered = re.fullmatch(r"300 answers, (\d+) quer\w+\s+in [\d.]+ seconds, 6 requests at a time\.\s*", result)
-        assert answered, result
-        queries = int(answered[1])
         counted = await runs(system) - before
-        if queries == counted:
+        if answered and int(answered[1]) == counted:
             break
-    assert queries == counted
-    assert queries < 200
-    assert await page.locator("#dots span").count() == queries
+    assert answered, result
+    assert int(answered[1]) == counted < 200
+    assert await page.locator("#dots span").count() == counted
     assert await page.locator("#dots i").count() == 300
 
 
