@@ -5,6 +5,7 @@ other methods. It cannot cause failures, so the tests here do.
 """
 
 import asyncio
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,14 @@ def test_schemathesis_finds_nothing(system: System, tmp_path: Path) -> None:
     assert "Operations:       18 selected / 18 total" in ended.stdout
 
 
+@functools.cache  # half a second each time
+def operations_of(file: Path) -> Any:
+    return schemathesis.openapi.from_path(file)
+
+
 async def check(url: str, path: str, *expected: object, **request: Any) -> None:
     """The answers to GET and HEAD are `expected` (status, type's last part, failed part) and as described."""
-    operations = schemathesis.openapi.from_path(FILE)[path]
+    operations = operations_of(FILE)[path]
     for method in ("GET", "HEAD"):
         answer = await asyncio.to_thread(
             operations[method].Case(**request).call_and_validate, base_url=url, excluded_checks=[not_a_server_error]
