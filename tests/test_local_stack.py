@@ -77,7 +77,9 @@ def runs(pid: int) -> bool:
 
 
 async def test_it_starts_answers_stops_and_keeps_its_data(folder: Path) -> None:
-    """Both URLs that it prints work; after Ctrl-C, or many signals, all is gone but the data."""
+    """Both URLs that it prints work; a second one in the folder ends with a clear line; after Ctrl-C, or many signals,
+    all is gone but the data.
+    """
     stack = LocalStack(folder)
     await stack.started()
     urls = [word for word in stack.said.split() if word.startswith("http://")]
@@ -87,6 +89,10 @@ async def test_it_starts_answers_stops_and_keeps_its_data(folder: Path) -> None:
     ]
     assert (await get(urls[0])).json()["result"].startswith("Hello from PostgreSQL!")
     assert (await get(urls[1])).json()["message"].startswith("Hello from PostgreSQL!")
+    second = LocalStack(folder)
+    assert await second.process.exit_status(within=20) == 1
+    assert "another `make run` uses the data in .data" in second.said
+    second.process.noise.clear()
     lines = (folder / ".data/postmaster.pid").read_text().splitlines()
     Database("mydb", "postgres", None, lines[4], int(lines[3])).set_message("kept")
     await stack.stop()
@@ -126,6 +132,15 @@ async def test_a_port_in_use_is_one_clear_line(folder: Path, part: str) -> None:
         assert await stack.process.exit_status(within=20) == 1
     assert stack.said == f"cannot listen on port {port}: Address already in use; set {part} to another port\n"
     assert not (folder / ".data").exists()
+    stack.process.noise.clear()
+    stack.process.close()
+
+
+async def test_what_is_no_port_is_one_clear_line(folder: Path) -> None:
+    """It names the variable and the ports that there are."""
+    stack = LocalStack(folder, GATEWAY_PORT="abc")
+    assert await stack.process.exit_status(within=20) == 1
+    assert stack.said == "GATEWAY_PORT: 'abc' is not a port from 0 to 65535; 0 lets the system choose\n"
     stack.process.noise.clear()
     stack.process.close()
 

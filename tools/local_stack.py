@@ -5,6 +5,7 @@ that it needs; the data stays, in `.data`. If `DB_HOST` is set, the system uses 
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lifecycle
+import settings
 
 DATA = Path(__file__).parents[1] / ".data"
 HOST = os.environ.get("HOST") or "localhost"
@@ -31,8 +33,10 @@ def free_port(variable: str, default: int) -> int:
     try:
         with lifecycle.listen(os.environ.get("HOST", ""), int(port)) as listener:
             return int(listener.getsockname()[1])
-    except (ValueError, OverflowError, OSError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+    except (ValueError, OverflowError):
+        sys.exit(f"{variable}: {port!r} is not {settings.PORT.expected}")
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
         sys.exit(f"cannot listen on port {port}: {reason}; set {variable} to another port")
 
 
@@ -73,6 +77,10 @@ def database() -> Iterator[None]:
     print("starting PostgreSQL")
     name = os.environ.get("DB_NAME") or "mydb"
     DATA.mkdir(exist_ok=True)
+    try:
+        fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        sys.exit("another `make run` uses the data in .data")
     with tempfile.TemporaryDirectory() as folder:  # for the socket, whose path has to be short
         packages, data, user = Path(sysconfig.get_path("platlib")), str(DATA), None
         if os.geteuid() == 0:
