@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -251,7 +252,10 @@ async def test_a_long_outage_costs_no_more_calls_than_there_are_requests(start: 
     gateway = await start("gateway", DOWNSTREAM_URL=peer.url)
     url = gateway.url + "/api/string"
     first = await get(url)
-    assert (first.status, len(peer.requests)) == (503, 8)
+    metrics = (await get(gateway.url + "/metrics")).body.decode()
+    late = re.findall(r'^coalescing_run_callers_count{.*reason="late"} (.*)', metrics, re.MULTILINE)
+    assert first.status == 503
+    assert 8 <= len(peer.requests) <= 8 + sum(map(float, late))  # on a busy machine, some calls get company
     assert 1 < first.seconds < 4
     await eventually(lambda: fails_at_once(url))
     before = len(peer.requests)
