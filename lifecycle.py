@@ -31,7 +31,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_FILES = 16_384  # open files, fewer where the system allows fewer; a client's connection takes one, and some 10 kB
 SPARE_FILES = 128  # of them, not for clients: for connections to dependencies, name look-ups
 LAST_ACCEPTS = 1.0  # seconds at most for accepting connections that were made before the signal
-MAX_ACCEPTS = 100  # connections accepted in a turn of the event loop, so that others are served, too
+MAX_ACCEPTS = 100  # connections accepted at a time, so that others are served, too
 ACCEPT_PAUSE = 0.01  # seconds without accepting after a failure, which the next attempt would meet, too
 BACKLOG = 4096  # connections that wait to be accepted; the kernel's own limit is usually the same
 
@@ -122,7 +122,7 @@ async def accept_connections(listener: socket.socket, server: Server) -> None:
                 continue
             connecting.add(task)
             task.add_done_callback(connecting.discard)
-            if len(connecting) == MAX_ACCEPTS:
+            while len(connecting) >= MAX_ACCEPTS:
                 await asyncio.sleep(0)
     finally:
         loop.remove_reader(listener)
