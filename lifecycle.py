@@ -122,7 +122,7 @@ async def accept_connections(listener: socket.socket, server: Server) -> None:
                 continue
             connecting.add(task)
             task.add_done_callback(connecting.discard)
-            while len(connecting) >= MAX_ACCEPTS:
+            if len(connecting) >= MAX_ACCEPTS:
                 await asyncio.sleep(0)
     finally:
         loop.remove_reader(listener)
