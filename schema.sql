@@ -1,10 +1,6 @@
--- The table that the message service reads, with sample strings.
--- Idempotent, and safe if several clients apply it at once: the advisory lock admits one at a time
--- (CREATE TABLE IF NOT EXISTS alone can fail on a race in the catalogue), and the strings are
--- inserted only into an empty table, so a changed message is kept.
-BEGIN;
-SET LOCAL statement_timeout = '1min';
-SELECT pg_advisory_xact_lock(7236832837);
+-- The table that the message service reads, with sample strings. `python -m message_service --apply-schema` applies this
+-- file in one transaction, whenever its text is new to the database, and records that. So it must be idempotent: it
+-- meets what its earlier versions have made. A changed message is kept.
 CREATE TABLE IF NOT EXISTS messages (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     content text NOT NULL
@@ -15,8 +11,7 @@ FROM (
     VALUES
         (1, 'Hello from PostgreSQL! This message was read from the database.'),
         (2, 'The second sample string.'),
-        (3, 'The third sample string: naïve café, 你好, مرحبا, 👋.')
+        (3, 'The third sample string, which any encoding can hold.')
 ) AS samples (position, content)
 WHERE NOT EXISTS (SELECT FROM messages)
 ORDER BY position;
-COMMIT;

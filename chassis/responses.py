@@ -2,24 +2,24 @@
 
 Rules kept here: a representation is made once and can be sent to many clients; what a middleware adds to a response
 reaches the client; every error is a problem (RFC 9457), whose public part tells a client what it can act on, and
-nothing about the system's internals.
+nothing about the system's internals; every failure of a dependency becomes a problem here. Tests:
+tests/chassis/test_responses.py.
 """
 
-import functools
+import errno
 import hashlib
 import http.client
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 
+import msgspec
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time  # undocumented, but it formats the time only once a second
 from multidict import CIMultiDict
 
-MESSAGE_SERVICE = "message_service"
-DATABASE = "database"
-NO_MESSAGE = "urn:problem-type:messages:no-message"
+from chassis import logs
 
 REQUEST_ID = web.RequestKey("request_id", str)
 
@@ -36,35 +36,42 @@ class Representation:
     ) -> None:
         self.status = status
         self.body = body
-        self.etag = _etag(body) if status == HTTPStatus.OK else ""
+        self.etag = f'"{hashlib.sha256(body).hexdigest()[:24]}"' if status == HTTPStatus.OK else ""
         caching = {"Cache-Control": "no-cache", "ETag": self.etag} if self.etag else {"Cache-Control": "no-store"}
-        self.fields = {**caching, **headers, "Content-Type": content_type, "Content-Length": str(len(body))}
+        self.fields = {
+            **caching,
+            **headers,
+            "Content-Type": content_type,
+            "X-Content-Type-Options": "nosniff",
+            "Content-Length": str(len(body)),
+        }
         self.head = _head(status, self.fields)
 
-    def is_known(self, if_none_match: str) -> bool:
-        """Whether the client already has it: RFC 9110, 13.1.2, weak comparison with a list or `*`."""
-        tags = (tag.strip().removeprefix("W/") for tag in if_none_match.split(","))
-        return bool(self.etag) and (if_none_match.strip() == "*" or self.etag in tags)
+    def has_tag(self, fields: Iterable[str], *, weak: bool) -> bool:
+        """Whether a precondition's fields name this representation, or `*`: RFC 9110, 13.1.1 and 13.1.2."""
+        # In a well-formed field, only a tag can look like this one. Splitting fields would take milliseconds.
+        weakened = f"W/{self.etag}"
+        return any(
+            field.strip() == "*" or self.etag in (field if weak else field.replace(weakened, "")) for field in fields
+        )
 
 
-def json_representation(name: str, content: str, headers: Mapping[str, str] = _NONE) -> Representation:
-    """The representation `{"name": "content"}`."""
-    return Representation("application/json", _json(name, content), headers)
+# `json.dumps` would make an encoder for each call.
+_encode = json.JSONEncoder(ensure_ascii=False, default=msgspec.to_builtins).encode
 
 
-# Most runs read what the last one read. Keeping what depends on the content alone saves a tenth of a run's CPU time.
-@functools.lru_cache(maxsize=2)
-def _json(name: str, content: str) -> bytes:
-    return json.dumps({name: content}, ensure_ascii=False).encode()
+def json_representation(
+    value: object, headers: Mapping[str, str] = _NONE, status: int = HTTPStatus.OK
+) -> Representation:
+    """The representation of a JSON value, which may hold a `msgspec.Struct`.
 
-
-@functools.lru_cache(maxsize=2)
-def _etag(body: bytes) -> str:
-    return f'"{hashlib.sha256(body).hexdigest()[:24]}"'
+    Raises `UnicodeEncodeError` for a lone surrogate, which is no text.
+    """
+    return Representation("application/json", _encode(value).encode(), headers, status)
 
 
 def _head(status: int, fields: Mapping[str, str]) -> bytes:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
     return f"HTTP/1.1 {status} {http.client.responses.get(status, '')}\r\n{lines}".encode()
 
 
@@ -83,9 +90,16 @@ class RepresentationResponse(web.StreamResponse):
     """
 
     def __init__(self, request: web.BaseRequest, representation: Representation, *, routed: bool = True) -> None:
-        """`routed`: an application handled the request, so its signals must see this response."""
-        if_none_match = request.headers.get(hdrs.IF_NONE_MATCH)
-        known = if_none_match is not None and representation.is_known(if_none_match)
+        """`routed`: an application handled the request, so its signals must see this response.
+
+        Raises `Problem` if the client's `If-Match` names another representation.
+        """
+        known = False
+        if representation.etag:
+            sent = request.headers
+            if hdrs.IF_MATCH in sent and not representation.has_tag(sent.getall(hdrs.IF_MATCH), weak=False):
+                raise Problem(HTTPStatus.PRECONDITION_FAILED, "The current representation has another ETag.")
+            known = hdrs.IF_NONE_MATCH in sent and representation.has_tag(sent.getall(hdrs.IF_NONE_MATCH), weak=True)
         super().__init__(status=HTTPStatus.NOT_MODIFIED if known else representation.status)
         self._representation = representation
         self._routed = routed
@@ -151,17 +165,19 @@ class RepresentationResponse(web.StreamResponse):
 class Problem(web.HTTPException):
     """An error as a client sees it, and as the log reports it.
 
-    `detail` and `part` are public; `cause` and `downstream_request_id` are for the log only. `kind` is the last segment
-    of the problem's type; None if the status says enough. `part` is the part of the system that failed behind this
-    server, `MESSAGE_SERVICE` or `DATABASE`, for programs, which should not parse `detail` (RFC 9457, 3.1.4).
+    `detail` and `part` are public; `cause` is for the log only. `kind` is the last segment of the problem's type, or a
+    whole URI. `part` is the part of the system that failed behind this server, for programs, which should not parse
+    `detail` (RFC 9457, 3.1.4). `shared_with` is the id of the request whose call failed.
     """
+
+    shared_with: str | None = None
 
     def __init__(
         self,
         status: int,
         detail: str,
         *,
-        kind: str | None = None,
+        kind: str = "about:blank",
         headers: Mapping[str, str] = _NONE,
         part: str | None = None,
         cause: str | None = None,
@@ -171,15 +187,75 @@ class Problem(web.HTTPException):
         self.kind = kind
         self.part = part
         self.cause = cause
-        self.downstream_request_id: str | None = None
         self._fields = headers
         super().__init__(headers=headers, text=detail)
 
     def copy(self) -> "Problem":
         """The same problem for another request, since middlewares may add header fields to an exception."""
         copy = Problem(self.status, self.detail, kind=self.kind, headers=self._fields, part=self.part, cause=self.cause)
-        copy.downstream_request_id = self.downstream_request_id
+        copy.shared_with = self.shared_with
         return copy
+
+    def representation(self, request_id: str) -> Representation:
+        """The document that describes it to a client (RFC 9457, 3)."""
+        members = {
+            "type": self.kind if ":" in self.kind else f"{TYPE_PREFIX}{self.kind}",
+            "title": http.client.responses.get(self.status, self.reason),
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+            **({"part": self.part} if self.part else {}),
+        }
+        body = json.dumps(members, ensure_ascii=False).encode(errors="replace")
+        return Representation("application/problem+json", body, status=self.status)
+
+
+TYPE_PREFIX = "urn:problem-type:"
+UNAVAILABLE, TIMEOUT, BAD_DOWNSTREAM, OUTCOME_UNKNOWN = "unavailable", "timeout", "bad-downstream", "outcome-unknown"
+
+
+def invalid(detail: str) -> Problem:
+    """422: the client has sent what cannot be right."""
+    return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail, kind="invalid")
+
+
+def bad_downstream(part: str, cause: str) -> Problem:
+    """502: a service broke its contract."""
+    detail = f"The {_name(part)} sent an answer that makes no sense."
+    return Problem(HTTPStatus.BAD_GATEWAY, detail, kind=BAD_DOWNSTREAM, part=part, cause=cause)
+
+
+def not_ready(detail: str, cause: str | None = None) -> Problem:
+    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="not-ready", cause=cause)
+
+
+def problem_of_failure(
+    part: str, error: Exception, *, is_write: bool = False, outcome_unknown: bool = False
+) -> Problem:
+    """The problem that a client gets when a part of the system behind this server fails.
+
+    A write that was not carried out (`is_write`) is `unavailable`, even if the time was up; one that may have been is
+    of unknown outcome (`outcome_unknown`).
+    """
+    if isinstance(error, Problem):
+        cause, late = error.cause, error.status == HTTPStatus.GATEWAY_TIMEOUT
+    else:
+        cause = logs.describe(error)
+        late = isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno == errno.ETIMEDOUT)
+    if outcome_unknown:
+        detail = f"The {_name(part)} gave no answer: it may have carried this out. Look before you try again."
+        status = HTTPStatus.GATEWAY_TIMEOUT if late else HTTPStatus.BAD_GATEWAY
+        return Problem(status, detail, kind=OUTCOME_UNKNOWN, part=part, cause=cause)
+    if late and not is_write:
+        detail = f"The {_name(part)} did not answer in time."
+        return Problem(HTTPStatus.GATEWAY_TIMEOUT, detail, kind=TIMEOUT, part=part, cause=cause)
+    detail = f"The {_name(part)} is not available."
+    headers = {"Retry-After": "1"}
+    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind=UNAVAILABLE, headers=headers, part=part, cause=cause)
+
+
+def _name(part: str) -> str:
+    return part.replace("_", " ")
 
 
 def problem_of(error: web.HTTPException) -> Problem:
@@ -191,41 +267,19 @@ def problem_of(error: web.HTTPException) -> Problem:
     elif isinstance(error, web.HTTPMethodNotAllowed):
         detail = f"Only {' and '.join(sorted(error.allowed_methods))} work here."
     else:
-        detail = HTTPStatus(error.status).description
+        known = error.status in HTTPStatus._value2member_map_
+        detail = (known and HTTPStatus(error.status).description) or error.reason
     if error.text and error.text != f"{error.status}: {error.reason}":  # a text from the code that raised it
         detail = error.text
     problem = Problem(error.status, detail)
+    problem.set_status(error.status, error.reason)
     problem.headers.update(error.headers)
     problem.cookies.update(error.cookies)
     return problem
 
 
-def problem_representation(problem: Problem, request_id: str) -> Representation:
-    """The document that describes a problem to a client (RFC 9457, 3)."""
-    members = {
-        "type": f"urn:problem-type:messages:{problem.kind}" if problem.kind else "about:blank",
-        "title": http.client.responses.get(problem.status, problem.reason),
-        "status": problem.status,
-        "detail": problem.detail,
-        "request_id": request_id,
-        **({"part": problem.part} if problem.part else {}),
-    }
-    body = json.dumps(members, ensure_ascii=False).encode()
-    return Representation("application/problem+json", body, status=problem.status)
-
-
-def no_message() -> Problem:
-    return Problem(HTTPStatus.NOT_FOUND, "There is no message at the moment.", kind="no-message")
-
-
-def unavailable(part: str, detail: str, cause: str) -> Problem:
-    headers = {"Retry-After": "1"}
-    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="unavailable", headers=headers, part=part, cause=cause)
-
-
-def timed_out(part: str, detail: str, cause: str) -> Problem:
-    return Problem(HTTPStatus.GATEWAY_TIMEOUT, detail, kind="timeout", part=part, cause=cause)
-
-
-def not_ready(detail: str, cause: str | None = None) -> Problem:
-    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind="not-ready", cause=cause)
+def mistake(error: BaseException) -> Problem:
+    """The problem that a client sees after a defect; the log has the details."""
+    problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This server made a mistake.", cause=logs.describe(error))
+    problem.__cause__ = error
+    return problem

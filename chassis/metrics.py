@@ -1,20 +1,22 @@
 """The metrics that Prometheus reads at `/metrics`.
 
 Rules kept here: names follow Prometheus and OpenTelemetry's HTTP conventions, with their units; no label value comes
-from a client; a value that can be read when Prometheus asks is not counted at each request.
+from a client; a value that can be read when Prometheus asks is not counted at each request. Tests:
+tests/chassis/test_metrics.py.
 """
 
 import asyncio
 import functools
 import logging
 import time
+from collections.abc import Hashable
 
 import prometheus_client
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, Info, generate_latest
 
-import logs
-from responses import Problem, Representation, RepresentationResponse
+from chassis import logs
+from chassis.responses import TIMEOUT, Problem, Representation, RepresentationResponse
 
 LAG_INTERVAL = 0.5  # seconds between two checks of the event loop
 
@@ -46,7 +48,7 @@ _DEPENDENCY_ERRORS = Counter(
 CONNECTIONS = Gauge("db_client_connection_count", "Connections to the database", ("db_client_connection_state",))
 MAX_CONNECTIONS = Gauge("db_client_connection_max", "Most connections to the database that this server opens")
 CONNECT_FAILURES = Counter("db_client_connect_failures", "Failed attempts to connect to the database")
-BUILD = Info("messages_build", "Version of this server, and of Python")
+BUILD = Info("build", "This server, its version, and that of Python")
 
 # The library looks labels up under a lock, which takes longer than the rest of an observation.
 _requests = functools.cache(_REQUESTS.labels)
@@ -60,46 +62,40 @@ def observe_request(method: str, route: str | None, status: int, seconds: float)
 
 
 class Dependency:
-    """A dependency of a server: counts its failures, and logs its return after a failure that clients saw.
+    """A part of the system behind this server: counts its failures, and logs its return after one that clients saw.
 
-    The failed requests log its absence.
+    The failed requests log its absence. One failure is counted for each run, and for each call or transaction that
+    shares nothing.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._away_since: float | None = None
+    def __init__(self, part: str) -> None:
+        self._name = f"the {part.replace('_', ' ')}"
+        self._away_since: dict[Hashable, float] = {}  # by kind of run: a route that is broken for ever says nothing
         self._lines = logs.RepeatLog()
-        self._unseen: Problem | None = None
 
-    def observe_run(self, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
+    def observe_run(self, kind: Hashable, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
         """Called by a `Coalescer` after each run."""
         _runs(outcome, reason).observe(callers)
         if outcome == "answered":
-            self.answered()
+            self.answered(kind)
+        elif outcome == "timed out":
+            self.failed(kind, TIMEOUT)
         elif isinstance(error, Problem):
-            self.failed(error, seen=callers > 0)
+            self.failed(kind, error.kind, seen=callers > 0, cause=error.cause)
 
-    def answered(self) -> None:
-        if self._away_since is not None:
-            seconds = round(time.monotonic() - self._away_since, 3)
-            self._away_since = None
+    def answered(self, kind: Hashable) -> None:
+        since = self._away_since.pop(kind, None)
+        if since is not None:
+            seconds = round(time.monotonic() - since, 3)
             self._lines.write("back", logging.INFO, f"{self._name} answers again", outage_s=seconds)
 
-    def failed(self, problem: Problem, *, seen: bool = True) -> None:
+    def failed(self, kind: Hashable, error_type: str, *, seen: bool = True, cause: str | None = None) -> None:
         """Count a failure; `seen` by a client or not."""
-        _DEPENDENCY_ERRORS.labels(problem.kind, "clients" if seen else "nobody").inc()
+        _DEPENDENCY_ERRORS.labels(error_type, "clients" if seen else "nobody").inc()
         if seen:
-            self._away_since = self._away_since or time.monotonic()
+            self._away_since.setdefault(kind, time.monotonic())
         else:
-            self._unseen = problem
-            message = f"{self._name} failed, which no client saw"
-            self._lines.write(problem.cause, logging.WARNING, message, cause=problem.cause)
-
-    def reached_client(self, problem: Problem) -> None:
-        """Call this for each problem that a client gets: with its time up, it may get a failure counted as unseen."""
-        if problem is self._unseen:
-            self._unseen = None
-            self.failed(problem)
+            self._lines.write("unseen", logging.WARNING, f"{self._name} failed, which no client saw", cause=cause)
 
 
 async def watch_event_loop() -> None:

@@ -19,7 +19,7 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Accepted:
     """The values a variable may hold: those that `accepts` allows after `parse`, which raises ValueError or OSError."""
 
     expected: str
@@ -42,39 +42,49 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def whole_number(low: int, high: int) -> Kind:
-    return Kind(f"a whole number from {low} to {high}", _whole, lambda number: low <= number <= high)
+def whole_number(low: int, high: int) -> Accepted:
+    return Accepted(f"a whole number from {low} to {high}", _whole, lambda number: low <= number <= high)
 
 
-def seconds(*, zero: bool = False) -> Kind:
+def seconds(*, zero: bool = False) -> Accepted:
     expected = f"seconds, {'from 0' if zero else 'more than 0'} to 3600"
-    return Kind(expected, float, lambda number: 0 < number <= 3600 or (zero and number == 0))
+    return Accepted(expected, float, lambda number: 0 < number <= 3600 or (zero and number == 0))
 
 
-def one_of(*choices: str) -> Kind:
-    return Kind("one of " + ", ".join(choices), str, choices.__contains__)
+def one_of(*choices: str) -> Accepted:
+    return Accepted("one of " + ", ".join(choices), str, choices.__contains__)
+
+
+def _base_url(text: str) -> URL:
+    if "@" in text.partition("//")[2].partition("/")[0]:  # `URL` does not tell an empty user from none
+        raise ValueError(text)
+    return URL(text)
 
 
 def _is_base_url(url: URL) -> bool:
-    return url.scheme in ("http", "https") and bool(url.host) and not (url.query_string or url.fragment or url.user)
+    return url.scheme in ("http", "https") and bool(url.host) and not (url.query_string or url.fragment)
 
 
 def _readable_file(text: str) -> str:
+    if not Path(text).is_file():  # opening a pipe would wait for whoever writes to it
+        raise ValueError(text)
     with Path(text).open("rb"):
         return text
 
 
 PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0 lets the system choose")
 PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
-TEXT = Kind("UTF-8 text without control characters and without white space at either end", str)
-HOST = Kind("a host name or address without port, or a folder's path", str, _is_host)
-BASE_URL = Kind("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
-READABLE_FILE = Kind("the path of a file that this process can read", _readable_file)
+TEXT = Accepted("UTF-8 text without control characters and without white space at either end", str)
+HOST = Accepted("a host name or address without port, or a folder's path", str, _is_host)
+BASE_URL = Accepted("a URL such as http://host:8001, without user, query or fragment", _base_url, _is_base_url)
+READABLE_FILE = Accepted("the path of a regular file that this process can read", _readable_file)
 
 
-def setting(default: object, kind: Kind, meaning: str, *, secret: bool = False, shown: str | None = None) -> Any:
+def setting(
+    default: object, accepted: Accepted, meaning: str, *, secret: bool = False, shown: str | None = None
+) -> Any:
     """Declare a setting; `shown` is the default as `--help` prints it, if the value alone says too little."""
-    metadata = {"kind": kind, "meaning": meaning, "secret": secret, "shown": shown}
+    metadata = {"accepted": accepted, "meaning": meaning, "secret": secret, "shown": shown}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -94,21 +104,21 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
     values: dict[str, object] = {}
     problems = []
     for field in dataclasses.fields(declaration):  # type: ignore[arg-type]  # always a dataclass
-        name, kind = field.name.upper(), field.metadata["kind"]
+        name, accepted = field.name.upper(), field.metadata["accepted"]
         text = environ.get(name, "")
         if not text:
             continue
         try:
             if text != text.strip() or _IMPOSSIBLE.search(text):
                 raise ValueError(text)
-            values[field.name] = kind.parse(text)
-            wrong = not kind.accepts(values[field.name])
+            values[field.name] = accepted.parse(text)
+            wrong = not accepted.accepts(values[field.name])
         except (ValueError, OSError):
             wrong = True
         if wrong:  # a URL or connection string may also hold a password
             secret = field.metadata["secret"] or "@" in text or "password=" in text
             held = "(hidden)" if secret else repr(text)
-            problems.append(f"{name}: {held} is not {kind.expected}")
+            problems.append(f"{name}: {held} is not {accepted.expected}")
     if problems:
         raise SettingsError(problems)
     return declaration(**values)  # may raise `SettingsError` for settings that conflict
@@ -118,9 +128,9 @@ def table(declaration: type[Any]) -> str:
     """The settings as `--help` prints them: variable, default, meaning."""
     rows = []
     for field in dataclasses.fields(declaration):
-        kind, meaning, shown = (field.metadata[name] for name in ("kind", "meaning", "shown"))
+        accepted, meaning, shown = (field.metadata[name] for name in ("accepted", "meaning", "shown"))
         default = str(field.default) if shown is None else shown
-        expected = "" if kind is TEXT else f" ({kind.expected})"
+        expected = "" if accepted is TEXT else f" ({accepted.expected})"
         rows.append((field.name.upper(), default, meaning + expected))
     names, defaults = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(f"  {name:{names}}  {default:{defaults}}  {meaning}" for name, default, meaning in rows)

@@ -1,0 +1,258 @@
+"""The server around an application: everything that applies to every request, whatever the application's routes.
+
+Rules kept here: every response carries the request's id and never the software's name; every failure becomes a
+response, and every error a problem, including those of aiohttp's router, `Expect` handling and parser; no request
+decides how long the event loop is busy, what the log says outside fields, or which failures count as equal.
+Tests: tests/chassis/test_server.py, tests/chassis/test_hostile_input.py.
+"""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+import re
+import secrets
+import time
+import tomllib
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Self
+
+from aiohttp import StreamReader, hdrs, web
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+from chassis import logs, metrics
+from chassis.connections import Connection, Connections
+from chassis.responses import (
+    REQUEST_ID,
+    Problem,
+    Representation,
+    RepresentationResponse,
+    end_connection,
+    mistake,
+    not_ready,
+    problem_of,
+)
+
+_PROJECT = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text("utf-8"))["project"]
+VERSION: str = _PROJECT["version"]
+
+MAX_SEGMENTS = 32  # of a path, since aiohttp's router looks up each path that it begins with
+
+DRAINING = web.AppKey("draining", asyncio.Event)
+
+_READY = Representation("application/json", b'{"status": "ready"}')
+_ALIVE = Representation("application/json", b'{"status": "alive"}')
+
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+_HOST = re.compile(r"(?:[\w.~!$&'()*+,;=%-]*+|\[[\w.~!$&'()*+,;=:-]++\])(?::\d*+)?", re.ASCII)  # RFC 3986, 3.2.2
+_NO_HOST = CIMultiDictProxy(CIMultiDict({hdrs.HOST: "//"}))  # for a target whose host is none
+
+
+async def alive(request: web.Request) -> web.StreamResponse:
+    """`/healthz`: this process can answer, whatever the state of its dependencies."""
+    return RepresentationResponse(request, _ALIVE)
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    """`/readyz`: this server should get requests. Raises `Problem` while it drains."""
+    draining = request.app.get(DRAINING)
+    if draining and draining.is_set():
+        raise not_ready("This server is about to stop.")
+    return RepresentationResponse(request, _READY)
+
+
+async def end_failed_connection(_request: web.Request, response: web.StreamResponse) -> None:
+    """For `on_response_prepare`: end a connection after a 5xx, so that the next call can reach another replica.
+
+    Kubernetes balances connections, not requests. This is for servers whose clients are services. One for browsers
+    keeps its connections: an outage must not cost each of them a new one, which would not lead elsewhere behind a load
+    balancer.
+    """
+    if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        end_connection(response)
+
+
+class Server(web.Server):
+    """Serves an application: a context manager that starts and ends it. Call it to get a protocol for a socket, as
+    `loop.create_server` does.
+
+    It stands around the application, since middlewares and signals never see the answers of aiohttp's router and
+    parser.
+    """
+
+    def __init__(self, app: web.Application, access_log: str = "errors", max_connections: int = 1000) -> None:
+        # Cancels a handler when its client leaves, since nobody then waits for the response.
+        super().__init__(self._respond, handler_cancellation=True)
+        self.draining = app[DRAINING] = asyncio.Event()
+        app.on_response_prepare.append(self._complete)
+        self._app = app
+        self._runner = web.AppRunner(app)
+        self._access_log = access_log
+        self._open = Connections(max_connections)
+        self._failures = logs.RepeatLog()
+        self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
+        metrics.ACTIVE_REQUESTS.set_function(lambda: len(self._open.in_flight))
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        inner = self._runner.server
+        assert inner is not None  # noqa: S101  # set up above
+        self._handle = inner.request_handler
+        self._make = inner.request_factory
+        self.request_factory = self._make_safely
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # aiohttp waits twice this long, and for ever for 0. Any waiting is up to `finish`, before this.
+        await self.shutdown(0.01)
+        await self._runner.cleanup()
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def _make_safely(self, message: Any, payload: StreamReader, connection: Any, *others: Any) -> web.BaseRequest:
+        """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
+        connection.request_made()
+        if not message.url.raw_path and message.method != hdrs.METH_CONNECT:  # `http://host` has the path `/`
+            message = message._replace(url=message.url.with_path("/", keep_query=True))
+        try:
+            return self._make(message, payload, connection, *others)
+        except ValueError:  # yarl's, such as for `http://xn--a/`
+            return self._make(message._replace(url=URL("/"), headers=_NO_HOST), payload, connection, *others)
+
+    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request, and account for it. Raises a `web.HTTPException` that is no error, such as a redirect."""
+        started = time.perf_counter()
+        if refusal := _refusal(request):
+            return self.refuse(request, refusal)
+        sent_id = request.headers.get("X-Request-ID")
+        request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
+        self._open.in_flight.add(request.protocol)  # type: ignore[arg-type]  # all are of `Connection`
+        try:
+            response, problem = await self._handle(request), None
+        except Exception as error:
+            response, problem = self._explain(request, error)
+        self._account(request, response.status, problem, time.perf_counter() - started)
+        if isinstance(response, web.HTTPException):
+            raise response
+        return response
+
+    def _explain(self, request: web.BaseRequest, error: Exception) -> tuple[web.StreamResponse, Problem | None]:
+        """The response for what the application has raised, and the problem if it is one."""
+        if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
+            return web.HTTPNoContent(headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]}), None
+        if isinstance(error, web.HTTPException) and error.status < HTTPStatus.BAD_REQUEST:
+            return error, None
+        problem = problem_of(error) if isinstance(error, web.HTTPException) else mistake(error)
+        return self._problem_response(request, problem), problem
+
+    def _account(self, request: web.BaseRequest, status: int, problem: Problem | None, seconds: float) -> None:
+        """Count a request, and log it if it is to be logged."""
+        resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
+        route = resource.canonical if resource else None
+        metrics.observe_request(request.method, route, status, seconds)
+        # The start of the drain is logged already, so probes that see it are not.
+        expected = problem and problem.kind == "not-ready" and self.draining.is_set()
+        if (problem and not expected) or self._access_log == "all":
+            self._log(request, route, status, seconds, problem)
+
+    async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Called before a response is sent (signal `on_response_prepare`), whether or not its handler sends it."""
+        if not isinstance(response, RepresentationResponse):  # which itself writes the id, and no name
+            response.headers["X-Request-ID"] = request[REQUEST_ID]
+            response.headers.pop(hdrs.SERVER, None)  # aiohttp's name
+        misframed = request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers  # RFC 9112, 6.1
+        if self.draining.is_set() or misframed:
+            end_connection(response)
+
+    def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
+        """The response if the application was not asked, or its own response could not be sent."""
+        request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
+        metrics.observe_request("_OTHER", None, problem.status, 0)
+        self._log(request, None, problem.status, 0, problem)
+        response = self._problem_response(request, problem, routed=False)
+        response.force_close()
+        return response
+
+    def _problem_response(
+        self, request: web.BaseRequest, problem: Problem, *, routed: bool = True
+    ) -> RepresentationResponse:
+        response = RepresentationResponse(request, problem.representation(request[REQUEST_ID]), routed=routed)
+        for name, value in problem.headers.items():  # such as Allow, and fields that middlewares have added
+            if name not in (hdrs.CONTENT_TYPE, hdrs.CONTENT_LENGTH):
+                response.headers.add(name, value)
+        response.cookies.update(problem.cookies)
+        return response
+
+    def _log(
+        self, request: web.BaseRequest, route: str | None, status: int, seconds: float, problem: Problem | None
+    ) -> None:
+        """Write one line: always for our own failures (5xx), for other responses according to ACCESS_LOG."""
+        ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        if self._access_log == "off" and not ours:
+            return
+        level, message = (logging.ERROR if ours else logging.INFO), "request failed" if problem else "request"
+        fields: dict[str, Any] = {
+            "request_id": request[REQUEST_ID],
+            "method": request.method,
+            "path": request.path,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 3),
+        }
+        if problem:
+            fields["detail"] = problem.detail  # a field, since a client or a dependency may have written it
+            fields["cause"] = problem.cause
+            if problem.shared_with != request[REQUEST_ID]:
+                fields["shared_with"] = problem.shared_with
+            if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                fields["exception"] = problem.__cause__
+        if self._access_log == "all":
+            logs.log(level, message, **fields)
+        else:
+            self._failures.write((status, route), level, message, **fields)
+
+    # ---- connections -------------------------------------------------------------------------------------------
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, self._open, self.refuse)
+
+    async def finish(self, hurry: asyncio.Event, timeout: float) -> None:
+        """Close idle connections, and wait for the responses on the others, for at most `timeout` seconds.
+
+        Call it when no more connections are accepted. `hurry` ends the waiting.
+        """
+        deadline = time.monotonic() + timeout
+        self.pre_shutdown()
+        while self._busy() and time.monotonic() < deadline and not hurry.is_set():
+            await wait_for_event(hurry, 0.01)
+
+    def _busy(self) -> bool:
+        """Whether a request is in flight, or a response has not yet reached the kernel."""
+        return bool(self._open.in_flight) or any(
+            connection.transport and connection.transport.get_write_buffer_size() for connection in self.connections
+        )
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set, but at most this long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+@functools.lru_cache(maxsize=100)  # most requests name the same
+def _is_host(text: str) -> bool:
+    return _HOST.fullmatch(text) is not None
+
+
+def _refusal(request: web.BaseRequest) -> Problem | None:
+    """Why a request is none for the application, if so."""
+    if not _is_host(request.headers.get(hdrs.HOST, "")):  # RFC 9112, 3.2
+        return Problem(HTTPStatus.BAD_REQUEST, "The target or the field Host names what can be no host.")
+    if hdrs.EXPECT in request.headers and request.headers[hdrs.EXPECT].lower() != "100-continue":
+        return Problem(HTTPStatus.EXPECTATION_FAILED, "This server expects no such thing.")
+    if request.rel_url.raw_path.count("/") > MAX_SEGMENTS:
+        return Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
+    return None
