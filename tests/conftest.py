@@ -4,16 +4,20 @@ If DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) is set, tests that only need a da
 that break the server always use their own cluster.
 """
 
+import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from kit import ROOT
-from kit.faults import (  # noqa: F401  # fixtures and hooks for tests/faults/
+from kit.application import PAIR, PAIRS, Pair
+from kit.faults import (  # noqa: F401  # fixtures and hooks of every fault's test
     chain,
     make_chain,
     network_if_permitted,
@@ -28,6 +32,9 @@ from kit.postgres import Cluster, Database, Provider, make_folder
 from kit.processes import Server, wait_listening
 from xdist.scheduler import LoadFileScheduling
 
+from chassis.server import Server as ApplicationServer
+
+Serve = Callable[[web.Application], Awaitable[str]]
 Start = Callable[..., Awaitable[Server]]
 MakeCluster = Callable[..., Cluster]
 MakeProxy = Callable[..., Awaitable[Proxy]]
@@ -42,17 +49,33 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist declares no
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "tests/test_docker.py" if file == "tests/test_page.py" else file
+        return "tests/deployment/test_docker.py" if file == "tests/gateway/test_page.py" else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the other pairs to `make faults`, except in tests that are marked `every_pair`."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("pair", PAIR) is not PAIR and not item.get_closest_marker("every_pair"):
+            item.add_marker("matrix")
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: pair.name)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Each gateway with its service, for faults that their shared read has to survive."""
+    pair: Pair = request.param
+    return pair
+
+
 @pytest.fixture(scope="session")
 def session_folder() -> Iterator[Path]:
     """Belongs to PostgreSQL's user; removed at the end."""
-    folder = make_folder("messages-")
+    folder = make_folder("tests-")
     yield folder
     shutil.rmtree(folder)
 
@@ -78,7 +101,7 @@ def provider(request: pytest.FixtureRequest) -> Iterator[Provider]:
 
 @pytest.fixture
 def database(provider: Provider) -> Iterator[Database]:
-    """A fresh database with the sample messages."""
+    """A fresh database with the application's tables."""
     database = provider.create()
     yield database
     provider.take_back(database)
@@ -86,7 +109,7 @@ def database(provider: Provider) -> Iterator[Database]:
 
 @pytest.fixture
 def empty_database(provider: Provider) -> Iterator[Database]:
-    """A fresh database to which schema.sql was not applied."""
+    """A fresh database without any table."""
     database = provider.create(empty=True)
     yield database
     provider.take_back(database)
@@ -108,13 +131,13 @@ def make_cluster(session_folder: Path) -> Iterator[MakeCluster]:
 
 @pytest.fixture
 def cluster(make_cluster: MakeCluster) -> Cluster:
-    """A cluster that the test may break; its database `mydb` has the sample messages."""
+    """A cluster that the test may break; its database has the application's tables."""
     return make_cluster()
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a server and returns when it listens: `await start("gateway", DOWNSTREAM_URL=…)`."""
+    """Starts a server and returns when it listens: `await start(pair.gateway, DOWNSTREAM_URL=…)`."""
     servers: list[Server] = []
 
     async def start(
@@ -154,8 +177,8 @@ class System:
 def shared_system(provider: Provider) -> Iterator[System]:
     """Both services for the whole session, for tests that break nothing."""
     database = provider.create()
-    service = Server("message_service", "-m", "message_service", **database.settings())
-    gateway = Server("gateway", "-m", "gateway", DOWNSTREAM_URL=wait_listening(service).url)
+    service = Server(PAIR.service, "-m", PAIR.service, **database.settings())
+    gateway = Server(PAIR.gateway, "-m", PAIR.gateway, DOWNSTREAM_URL=wait_listening(service).url)
     yield System(wait_listening(gateway), service, database)
     close_all([service, gateway])
     provider.take_back(database)
@@ -163,10 +186,10 @@ def shared_system(provider: Provider) -> Iterator[System]:
 
 @pytest.fixture
 def system(shared_system: System) -> Iterator[System]:
-    """The shared system; when the test ends, the message is restored."""
-    before = shared_system.database.sql("SELECT content FROM messages ORDER BY id LIMIT 1")[0][0]
+    """The shared system; when the test ends, its value is restored."""
+    before = shared_system.database.sql(PAIR.statement)[0][0]
     yield shared_system
-    shared_system.database.set_message(before)
+    shared_system.database.store(before)
 
 
 @pytest.fixture
@@ -195,3 +218,17 @@ async def make_peer() -> AsyncIterator[MakePeer]:
     yield make
     for peer in peers:
         await peer.close()
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Serves an application of the test's own as `lifecycle.main` does, in this process, and returns its URL."""
+    async with AsyncExitStack() as stack:
+
+        async def serve(app: web.Application) -> str:
+            made = await stack.enter_async_context(ApplicationServer(app))
+            acceptor = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
+            stack.callback(acceptor.close)
+            return f"http://127.0.0.1:{acceptor.sockets[0].getsockname()[1]}"
+
+        yield serve

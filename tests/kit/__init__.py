@@ -5,6 +5,11 @@ pooler     PgBouncer in front of it
 processes  the servers as a user starts them, with their log lines
 network    what stands between them: proxies, ports that refuse, peers that send garbage, DNS
 client     HTTP as a client sees it, down to the bytes
+metrics    the samples at /metrics
+kubernetes how a cluster reads k8s.yaml: selectors, network policies, a container's environment
+
+application  what the servers of this project are called, and their paths, keys and tables
+faults, load, table  clients that keep asking while a test breaks something, and the table that `make faults` writes
 
 Nothing here knows a server's internals. The fixtures in conftest.py end whatever is started.
 """

@@ -1,8 +1,8 @@
 """The assertions that apply to each fault: time, statuses, recovery, footprint, log lines. And the table.
 
-conftest.py imports the fixtures and hooks; the tests are in tests/faults/. The quick ones run with all others, the
-whole matrix with `make faults`, which also writes the table in docs/faults.md. Each test's marker `fault` has its row
-in the table: the area, the fault, and what a client sees.
+conftest.py imports the fixtures and hooks; each test is beside the others of what it breaks. The quick ones run with
+all others, the whole matrix with `make faults`, which also writes the table in docs/faults.md. Each test's marker
+`fault` has its row in the table: the area, the fault, and what a client sees.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from kit import ROOT, eventually, memory
+from kit.application import Pair
 from kit.client import get
 from kit.load import Clients, Reply
 from kit.postgres import Cluster
@@ -30,24 +31,20 @@ MEMORY = 24 * 1024 * 1024  # bytes that a process may keep after a fault, includ
 
 # The real server, started as a user does, which also serves its number of asyncio tasks at /tasks.
 OBSERVED = """
-import asyncio, functools, runpy, sys
+import asyncio, runpy, sys
 from aiohttp import web
-import gateway, lifecycle, server
 name, *changes = sys.argv[1:]
 del sys.argv[1:]
 for change in changes:
     exec(change)
 async def tasks(request):
     return web.json_response(len(asyncio.all_tasks()))
-def observed(application, settings):
-    app = application(settings)
-    app.add_routes([web.get("/tasks", tasks)])
-    return app
-main = lifecycle.main
-lifecycle.main = lambda name, description, settings, application, **more: main(
-    name, description, settings, functools.partial(observed, application), **more
-)
-runpy.run_module(name, run_name="__main__")
+add_routes = web.Application.add_routes
+def observed(app, routes):
+    web.Application.add_routes = add_routes
+    return app.add_routes([*routes, web.get("/tasks", tasks)])
+web.Application.add_routes = observed
+runpy.run_module(name, run_name="__main__", alter_sys=True)
 """
 
 Start = Callable[..., Awaitable[Server]]
@@ -111,10 +108,10 @@ def note(request: pytest.FixtureRequest) -> RowOf:
 
 
 class Chain:
-    """Gateway, message service and database; a test breaks one of them while clients keep asking the gateway."""
+    """Gateway, service and database; a test breaks one of them while clients keep asking the gateway."""
 
-    def __init__(self, gateway: Server, service: Server, limit: float, note: RowOf):
-        self.gateway, self.service, self.limit, self.note = gateway, service, limit, note
+    def __init__(self, pair: Pair, gateway: Server, service: Server, limit: float, note: RowOf):
+        self.pair, self.gateway, self.service, self.limit, self.note = pair, gateway, service, limit, note
         self.servers = [gateway, service]
 
     @contextlib.asynccontextmanager
@@ -127,7 +124,7 @@ class Chain:
         """
         before = {server.pid: await footprint(server) for server in self.servers}
         began = time.monotonic()
-        async with Clients(self.gateway.url + "/api/string") as clients:
+        async with Clients(self.gateway.url + self.pair.read_path) as clients:
             yield clients
             gone = time.monotonic()
             await eventually(lambda: clients.good(gone), within=self.limit + 2 + recovery)
@@ -153,7 +150,7 @@ class Chain:
         """A line when it went away, one a second at most while it lasted, and one when it was back."""
         failed = {reply.status for reply in replies if reply.status >= 500}
         for status in failed:
-            lines = self.gateway.logged(status=status, path="/api/string")
+            lines = self.gateway.logged(status=status, path=self.pair.read_path)
             assert lines, f"no line about {status}"
             assert all(line["cause"] for line in lines)
         for server in self.servers:
@@ -166,22 +163,22 @@ class Chain:
             often = {kind: count for kind, count in kinds.items() if count > seconds + 2}
             assert not often, often
         if failed:
-            assert self.gateway.logged(message="the message service answers again")
+            assert self.gateway.logged(message=f"{self.pair.called} answers again")
 
 
 MakeChain = Callable[..., Awaitable[Chain]]
 
 
 @pytest.fixture
-def make_chain(observed: StartObserved, note: RowOf) -> MakeChain:
+def make_chain(pair: Pair, observed: StartObserved, note: RowOf) -> MakeChain:
     """Starts a chain; the arguments are settings. Short time limits unless told otherwise."""
 
     async def make(**settings: Any) -> Chain:
-        settings = {"DB_TIMEOUT": 1, "DOWNSTREAM_TIMEOUT": 2} | settings
+        settings = {"DB_TIMEOUT": 1, "DOWNSTREAM_TIMEOUT": 3} | settings
         url = settings.pop("DOWNSTREAM_URL", None)
-        service = await observed("message_service", **settings)
-        gateway = await observed("gateway", **(settings | {"DOWNSTREAM_URL": url or service.url, "PORT": 0}))
-        return Chain(gateway, service, settings["DOWNSTREAM_TIMEOUT"], note)
+        service = await observed(pair.service, **settings)
+        gateway = await observed(pair.gateway, **(settings | {"DOWNSTREAM_URL": url or service.url, "PORT": 0}))
+        return Chain(pair, gateway, service, settings["DOWNSTREAM_TIMEOUT"], note)
 
     return make
 

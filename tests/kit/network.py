@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import random
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from kit import reserve_port
@@ -23,6 +25,7 @@ class Proxy:
         self.port: int = self.reservation.getsockname()[1]
         self.delay = 0.0  # seconds that each chunk is held
         self.drip = 0.0  # seconds between single bytes
+        self.trap: Trap | None = None
         self.accepted = 0
         self._listener: asyncio.Server | None = None
         self._holds_new = False
@@ -105,12 +108,17 @@ class Proxy:
                 return
             if self.delay:
                 await asyncio.sleep(self.delay)
-            step = 1 if self.drip else len(chunk)
+            if self.trap and not self.trap.sprung:
+                chunk = self.trap.catch(chunk, connection, upwards=writer is not connection.writers[0])
+            step = 1 if self.drip else len(chunk) or 1
             for start in range(0, len(chunk), step):
                 await connection.flowing.wait()
                 writer.write(chunk[start : start + step])
                 await writer.drain()
                 await asyncio.sleep(self.drip)
+            if self.trap and self.trap.sprung and self.trap.connection is connection:
+                self.trap.end()
+                return
         if writer.can_write_eof():
             writer.write_eof()
 
@@ -121,6 +129,20 @@ class Proxy:
         self.cut()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.reservation.close()
+
+
+class Forwarder(Proxy):
+    """A proxy that gives each new connection to one of several ports."""
+
+    targets: list[int]
+
+    @property
+    def target_port(self) -> int:
+        return random.choice(self.targets)
+
+    @target_port.setter
+    def target_port(self, port: int) -> None:
+        self.targets = [port]
 
 
 class _Connection:
@@ -134,6 +156,44 @@ class _Connection:
     def reset(self) -> None:
         for writer in self.writers:
             reset(writer)
+
+
+@dataclass
+class Trap:
+    """Ends one of a proxy's connections at a moment of an exchange: when the client sends `trigger`.
+
+    Of the chunk that holds it, the share `passed` gets through. If that is all, the end comes with the answer, of which
+    the share `answered` gets through. `how`: "closed", "reset" or "silent".
+    """
+
+    trigger: bytes
+    how: str = "closed"
+    passed: float = 1
+    answered: float = 0
+    connection: _Connection | None = None
+    sprung: bool = False
+
+    def catch(self, chunk: bytes, connection: _Connection, *, upwards: bool) -> bytes:
+        """What gets through of a chunk."""
+        if upwards and self.connection is None and self.trigger in chunk:
+            self.connection = connection
+            self.sprung = self.passed < 1
+            return chunk[: int(len(chunk) * self.passed)]
+        if not upwards and self.connection is connection:
+            self.sprung = True
+            return chunk[: int(len(chunk) * self.answered)]
+        return chunk
+
+    def end(self) -> None:
+        """Do as `how` says to the connection."""
+        assert self.connection
+        if self.how == "silent":
+            self.connection.flowing.clear()
+        elif self.how == "reset":
+            self.connection.reset()
+        else:
+            for writer in self.connection.writers:
+                writer.close()
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
@@ -206,6 +266,11 @@ def response(
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + data
+
+
+async def says_nothing(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    """A script for a Peer: it reads until the client leaves."""
+    await reader.read()
 
 
 @contextlib.contextmanager

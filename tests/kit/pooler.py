@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from kit import reserve_port, wait_until
+from kit.application import DATABASE
 from kit.postgres import PASSWORD, USER, Cluster, Database
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -48,7 +49,7 @@ class Pooler:
 
     def database(self, user: str = "postgres", password: str = PASSWORD) -> Database:
         """The cluster's database as a client of the pooler sees it."""
-        return Database("mydb", user, password, "127.0.0.1", self.port)
+        return Database(DATABASE, user, password, "127.0.0.1", self.port)
 
     def start(self) -> None:
         """Start, and return when it listens."""

@@ -22,11 +22,11 @@ from typing import Any
 
 import psycopg2
 
-from kit import ROOT, child_pids, reserve_port, wait_until
+from kit import child_pids, reserve_port, wait_until
+from kit.application import DATABASE, PAIR, SCHEMA, Pair
 
 USER = "nobody" if os.geteuid() == 0 else None  # the user who runs PostgreSQL; None: the tests' own
 PASSWORD = "correct horse battery staple"
-SCHEMA = (ROOT / "schema.sql").read_text()
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def programs_with_tls() -> Path | None:
 
 
 class Database:
-    """One database: its settings for the message service, and SQL for the test."""
+    """One database: its settings for a service, and SQL for the test."""
 
     def __init__(self, name: str, user: str, password: str | None, host: str, port: int, admin_host: str = ""):
         self.name, self.user, self.password, self.host, self.port = name, user, password, host, port
@@ -64,7 +64,7 @@ class Database:
         self.connections: list[Any] = []
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """DB_* for the message service; `changes` replace some (None leaves one out)."""
+        """DB_* for a service; `changes` replace some (None leaves one out)."""
         settings = {"DB_HOST": self.host, "DB_PORT": self.port, "DB_NAME": self.name, "DB_USER": self.user}
         settings |= {"DB_PASSWORD": self.password} | changes
         return {name: value for name, value in settings.items() if value is not None}
@@ -93,15 +93,15 @@ class Database:
         finally:
             connection.close()
 
-    def set_message(self, content: str) -> None:
-        """Make `content` the message that clients read."""
-        self.sql("UPDATE messages SET content = %s WHERE id = (SELECT min(id) FROM messages)", content)
+    def store(self, value: Any, pair: Pair = PAIR) -> None:
+        """Make this the value that the shared read finds."""
+        self.sql(pair.write, value)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, pair: Pair = PAIR) -> Iterator[None]:
         """Inside, nobody can read the table."""
         connection = self.connect()
-        connection.cursor().execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+        connection.cursor().execute(f"LOCK TABLE {pair.table} IN ACCESS EXCLUSIVE MODE")
         try:
             yield
         finally:
@@ -147,7 +147,7 @@ class Provider:
         self._empty: set[str] = set()
 
     def create(self, *, empty: bool = False) -> Database:
-        """A fresh database; `empty`: schema.sql was not applied to it."""
+        """A fresh database; `empty`: without any table."""
         if not self._empty:
             name = f"test_{uuid.uuid4().hex[:12]}"
             self.maintenance.sql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
@@ -217,14 +217,14 @@ class Cluster:
         ]
         command += ["--wal-segsize", "1", "--no-sync"]  # small, so that a copy of it is cheap
         subprocess.run(command, user=USER, check=True, stdout=subprocess.DEVNULL, cwd="/")
-        for name, script in (("postgres", "CREATE DATABASE mydb;"), ("mydb", SCHEMA)):
+        for name, script in (("postgres", f"CREATE DATABASE {DATABASE};"), (DATABASE, SCHEMA)):
             single: list[str | Path] = [self.bin / "postgres", "--single", "-j", "-F", "-D", data, name]
             output = subprocess.run(
                 single, user=USER, check=True, text=True, input=script + "\n\n", capture_output=True, cwd="/"
             )
             assert "ERROR" not in output.stderr, output.stderr
 
-    def database(self, name: str = "mydb") -> Database:
+    def database(self, name: str = DATABASE) -> Database:
         """A database of this cluster, as the superuser sees it."""
         return Database(name, "postgres", PASSWORD, "127.0.0.1", self.port, str(self.folder))
 

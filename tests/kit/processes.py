@@ -1,4 +1,4 @@
-"""The servers as a user starts them: `python -m gateway` with settings in the environment.
+"""The servers as a user starts them: `python -m SERVER` with settings in the environment.
 
 Threads read a server's log all the time, so a server lives as long as its fixture, whatever event loop each test runs
 in. A log line that is not a JSON object, output on stdout, a traceback or a Python warning fails the test, unless the

@@ -20,20 +20,24 @@ class Row:
 # Faults whose tests are among the ordinary ones: area, fault, what a client sees, when it is good again, test.
 _ELSEWHERE = """
 Database | absent at start | 503 | ≤ 1 s | test_lifecycle.py
-Database | restarted between requests | 200 | at once | test_database_faults.py
-Database | table recreated or altered between requests | 200 | at once | test_database_faults.py
-Database | query cancelled or timed out on the server | 503, 504 | at once | test_database_faults.py
-Database | password rotated | 200 | at once | test_password.py
+Database | restarted between requests | 200 | at once | test_database.py
+Database | table recreated or altered between requests | 200 | at once | test_database.py
+Database | query cancelled or timed out on the server | 503, 504 | at once | test_database.py
+Database | a connection dies silently, or its host was restarted | 200 | at once | test_database.py
+Database | password rotated | 200 | at once | test_passwords.py
+Database | TLS required, refused, or with a wrong certificate | 503 | at once | test_tls.py
+Database | its pooler restarts | 503 | at once | test_poolers.py
 Network and downstream | name unknown, slow, or moved to another address | 503, 504 | ≤ 1 s | test_names.py
-Network and downstream | message service absent | 503 | at once | test_lifecycle.py
-Network and downstream | silent, slow, resets, lies (35 ways) | 502, 503, 504 | at once | test_downstream_faults.py
-Network and downstream | message service redirects elsewhere | 502, not followed | at once | test_downstream_faults.py
-Clients | leave before their answer | - | at once | test_database_faults.py
+Network and downstream | service absent | 503 | at once | test_lifecycle.py
+Network and downstream | a kept connection dies silently | 200 | at once | test_client.py
+Network and downstream | service silent, slow, resets, lies (30 ways) | 502, 503, 504 | at once | test_client.py
+Network and downstream | service redirects elsewhere | 502, not followed | at once | test_client.py
+Clients | leave before their answer | - | at once | test_database.py
 Process | SIGTERM or SIGINT while requests never end, and a second one | a close | - | test_lifecycle.py
-Process | nobody reads stderr | 200 | - | test_logs.py
+Process | read-only disk | 200 | - | ../deployment/test_docker.py
 """
 REFERENCES = [
-    Row(area, fault, sees, back, f"../tests/{test}")
+    Row(area, fault, sees, back, f"../tests/chassis/{test}")
     for area, fault, sees, back, test in (
         [cell.strip() for cell in line.split(" | ")] for line in _ELSEWHERE.strip().splitlines()
     )
