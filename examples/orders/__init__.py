@@ -1,0 +1,1 @@
+"""Orders and the stock that they are taken from: keyed reads, a list, and writes. See docs/orders.md."""
