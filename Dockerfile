@@ -16,12 +16,14 @@ LABEL org.opencontainers.image.title="messages" \
       org.opencontainers.image.version="0.1.0"
 COPY --from=packages /packages /usr/local
 # The files that .dockerignore allows; readable for every user, whatever their modes in the checkout.
-COPY --chmod=644 *.py index.html openapi.yaml schema.sql /app/
+WORKDIR /app
+COPY --chmod=644 *.py pyproject.toml index.html openapi.yaml schema.sql /app/
+COPY --chmod=644 chassis/*.py /app/chassis/
 # Compiles exactly the modules that the servers import, Python's own included, since the servers cannot write at run
 # time.
-RUN python /app gateway --version && python /app message_service --version
+RUN python -m gateway --version && python -m message_service --version
 USER 65532:65532
 # No shell: the server is process 1 and gets the signals. It exits by itself within DRAIN_SECONDS + SHUTDOWN_SECONDS.
-ENTRYPOINT ["python", "/app"]
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
-    CMD ["python", "/app", "--healthcheck"]
+ENTRYPOINT ["python", "-m"]
+# Python handles SIGINT from its first moment. As process 1, it would not get a SIGTERM until the server handles it.
+STOPSIGNAL SIGINT
