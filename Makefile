@@ -2,26 +2,32 @@
 
 # The first of these that is new enough.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
-	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
+	$$python -E -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 
 .PHONY: help run test faults check aws lock clean bench budget scaling
 .DELETE_ON_ERROR:
 
-# Where the environment forbids byte code, each process of the tests would compile the test tools again.
-unexport PYTHONDONTWRITEBYTECODE
+# Where the environment forbids byte code, each process of the tests would compile the test tools again. With the others,
+# the Python of .venv would not find what is here, or would not end by itself.
+unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONINSPECT PYTHONPATH PYTHONPLATLIBDIR PYTHONSAFEPATH PYTHONWARNINGS
+
+# pip may be told elsewhere where packages come from: not which ones, for which system, or where they go.
+unexport PIP_ABI PIP_CONSTRAINT PIP_EDITABLE PIP_HELP PIP_IMPLEMENTATION PIP_ISOLATED PIP_PLATFORM PIP_PYTHON \
+	PIP_PYTHON_VERSION PIP_REQUIREMENT PIP_VERSION
+export PIP_DRY_RUN := 0
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; a minute the first time, then seconds
+run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; a minute the first time, then seconds; EXAMPLE=orders for the example
 	@$(BIN)/python -u -m tools.local_stack
 
-test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two cores
-	$(BIN)/python -m pytest --numprocesses 3
+test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 3 minutes on two cores
+	$(BIN)/python -m pytest --numprocesses 3 --ignore tests/aws
 
-faults: .venv/.dev  ## break every part under load, 10 minutes; writes the table in docs/faults.md
+faults: .venv/.dev  ## break every part under load, 5 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
 
 check: .venv/.dev .venv/.check  ## lint, types, containers, Kubernetes schemas; 20 s
@@ -36,10 +42,10 @@ check: .venv/.dev .venv/.check  ## lint, types, containers, Kubernetes schemas; 
 	said=$$($(BIN)/kubernetes-validate --strict --quiet $(KUBERNETES:%=-k %) k8s.yaml 2>&1) && test -z "$$said" || { echo "$$said"; exit 1; }
 KUBERNETES := 1.37 1.36 1.35 1.34
 
-aws: .venv/.dev .venv/.aws  ## lint and test aws/template.yaml, and prove the tests with thousands of deliberate faults, 1 minute; without AWS
+aws: .venv/.dev .venv/.aws  ## lint and test aws/template.yaml and the commands of docs/aws.md, with thousands of deliberate faults, 1 minute; without AWS
 	$(BIN)/python -m pytest tests/aws
 
-bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 12 minutes; BENCH_OPTIONS=--quick for 90 s
+bench: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure against peers, 20 minutes; BENCH_OPTIONS=--quick for 4
 	@.venv-bench/bin/python benchmarks/bench.py $(BENCH_OPTIONS)
 
 budget: .venv-bench/.installed benchmarks/fastify/node_modules benchmarks/go/bin  ## measure where each microsecond of a request goes, 3 minutes
@@ -83,9 +89,13 @@ define install
 	$(1) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "Python 3.11 or later is needed: PYTHON=/path/to/python3 names one"; exit 1; }; \
 	echo "making $(@D)"; $(1) -m venv --clear $(@D); }
 @echo "installing $<"
-@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $<
+@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: $(HERE) -r $<
+@$(@D)/bin/python -c '$(INSTALLED)' $< || { echo "pip has not installed into $(@D) what $< lists"; exit 1; }
 @touch $@
 endef
+HERE = --no-user --prefix "$$PWD/$(@D)" --root / --target=
+INSTALLED := import importlib.metadata, re, sys; \
+	[importlib.metadata.version(name) for name in re.findall("^[-.A-Za-z0-9_]+(?===)", open(sys.argv[1]).read(), re.M)]
 
 lock: export CUSTOM_COMPILE_COMMAND = make lock
 lock: .venv/.check  ## lock the dependencies in pyproject.toml again, with hashes; with Python 3.11
