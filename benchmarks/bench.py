@@ -6,13 +6,16 @@ medians over the rounds. Linux only, because of /proc and wrk.
 """
 
 import argparse
+import asyncio
 import importlib.metadata
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,14 +25,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
+import open_loop
 import psutil
 import report
-from stack import SYSTEMS, Failure, Postgres, Running, end_with_parent, missing, postgres, start
+from stack import ITEMS, KEYED, SAMPLE, SYSTEMS, Failure, Postgres, Running, end_with_parent, missing, postgres, start
 
 HERE = Path(__file__).parent
 WARM_UP_SECONDS = 0.5
 SETTLE_SECONDS = 60.0
 FLAT_CONNECTIONS = [1, 8, 64, 256, 1024, 4096, 10_000]
+KEYS = [1, 10, ITEMS]
+KEYED_CLIENTS = 64
+STALE_CLIENTS = 32
+SLOW_QUERY = 0.005  # seconds that queries take while stale answers are counted
+WRITE_INTERVAL = 0.002  # seconds between a commit and the next write
+OPEN_SHARES = [0.2, 0.5, 0.8]  # of what a system serves to 64 clients that ask again at once
+OPEN_PERCENTILES = {"p50_ms": 500, "p99_ms": 990, "p999_ms": 999}
 CONNECT_SECONDS = 30.0
 """Time for thousands of connections to be accepted; a full backlog makes TCP try again after 1, 3 and 7 s."""
 
@@ -39,7 +51,8 @@ Measurement = dict[str, Any]
 class Wrk:
     """One run of wrk against a URL; it is interrupted, never abandoned."""
 
-    def __init__(self, url: str, connections: int, seconds: int) -> None:
+    def __init__(self, url: str, connections: int, seconds: int, keys: int = 0) -> None:
+        """With `keys`, each request asks for one of so many items, at random."""
         # One thread drives what one gateway process can answer; many connections need a second one.
         threads = 1 if connections <= 1024 else 2
         options = ["-t", str(threads), "-c", str(connections), "-d", str(seconds), "--timeout", "10"]
@@ -49,6 +62,7 @@ class Wrk:
             text=True,
             process_group=0,
             preexec_fn=end_with_parent,
+            env={**os.environ, "KEYS": str(keys)},
         )
 
     def __enter__(self) -> "Wrk":
@@ -101,7 +115,7 @@ def settle(running: Running, database: Postgres) -> None:
     print(f"{running.system.title} did not come to rest in {SETTLE_SECONDS:.0f} s; its next numbers suffer", flush=True)
 
 
-def measure(running: Running, database: Postgres, connections: int, seconds: int) -> Measurement:
+def measure(running: Running, database: Postgres, connections: int, seconds: int, keys: int = 0) -> Measurement:
     """One warm-up and one measured run. CPU is in µs per request, times in ms, memory in MB (10^6 bytes).
 
     `cpu_others` is what the rest of the machine used meanwhile, as a share of all its processors: where it is more than
@@ -112,12 +126,12 @@ def measure(running: Running, database: Postgres, connections: int, seconds: int
         parts = cpu_seconds(running.gateway), cpu_seconds(running.service), database.cpu_seconds()
         return *parts, database.queries(), busy_seconds() - sum(parts)
 
-    with Wrk(running.url, connections, seconds=10) as wrk:
+    with Wrk(running.url, connections, seconds=10, keys=keys) as wrk:
         time.sleep(WARM_UP_SECONDS)
         wrk.stop()
     settle(running, database)
     before = counters()
-    with Wrk(running.url, connections, seconds) as wrk:
+    with Wrk(running.url, connections, seconds, keys) as wrk:
         wrk_result = wrk.result()
     gateway, service, backends, queries, others = (after - b for after, b in zip(counters(), before, strict=True))
     settle(running, database)
@@ -139,6 +153,51 @@ def measure(running: Running, database: Postgres, connections: int, seconds: int
         "requests": answered,
         "bad_status": wrk_result["bad_status"],
         "socket_errors": wrk_result["socket_errors"],
+    }
+
+
+async def count_stale(running: Running, database: Postgres, seconds: float) -> Measurement:
+    """Answers with a value older than one whose commit had been confirmed before the request was sent."""
+    committed = asked = stale = 0
+    end = time.monotonic() + seconds
+
+    async def write() -> None:
+        nonlocal committed
+        while time.monotonic() < end:
+            await asyncio.to_thread(database.store, str(committed + 1))
+            committed += 1
+            await asyncio.sleep(WRITE_INTERVAL)
+
+    async def read(session: aiohttp.ClientSession) -> None:
+        nonlocal asked, stale
+        while time.monotonic() < end:
+            await asyncio.sleep(random.uniform(0, 2 * SLOW_QUERY))  # clients that ask all at once would share a start
+            before = committed
+            async with session.get(running.url) as response:
+                stale += int((await response.json())["result"]) < before
+            asked += 1
+
+    with database.slower(SLOW_QUERY):
+        database.store("0")
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await asyncio.gather(write(), *(read(session) for _ in range(STALE_CLIENTS)))
+        database.store(SAMPLE)
+    return {"system": running.system.name, "asked": asked, "stale": stale, "writes": committed}
+
+
+def measure_open(running: Running, rate: float, share: float, seconds: float) -> Measurement:
+    """Latency in ms of requests at random times, so many a second, counted from when each was due."""
+    port = urlsplit(running.url).port
+    assert port
+    latencies: list[float] = []
+    count, took = open_loop.ask([port], urlsplit(running.url).path.lstrip("/"), rate, seconds, latencies)
+    percentiles = statistics.quantiles(latencies, n=1000, method="inclusive")
+    return {
+        "system": running.system.name,
+        "share": share,
+        "rate": rate,
+        "reached": count / took,
+        **{name: percentiles[place - 1] * 1e3 for name, place in OPEN_PERCENTILES.items()},
     }
 
 
@@ -172,6 +231,7 @@ def measure_flatness(running: Running, database: Postgres, connections: int, sec
         "p99_ms": wrk_result["p99"] / 1e3,
         "bad_status": wrk_result["bad_status"],
         "socket_errors": wrk_result["socket_errors"],
+        **{kind: wrk_result[kind] for kind in ("connect", "read", "write", "timeout")},  # of these errors
     }
 
 
@@ -236,14 +296,44 @@ def run(options: argparse.Namespace, systems: list[Any], folder: Path, stack: Ex
                 f"{it['requests_per_second']:>8.0f} requests/s  {it['queries_per_second']:>6.0f} queries/s",
                 flush=True,
             )
+    keyed, stale, opened = [], [], []
+    if options.more:
+        pairs = [start(system, database, folder, stack, keyed=True) for system in KEYED]
+        some = (options.rounds + 1) // 2
+        for _ in range(some):
+            for keys in KEYS:
+                for each in pairs:
+                    keyed.append(it := measure(each, database, KEYED_CLIENTS, options.seconds, keys))
+                    it["keys"] = keys
+                    print(f"{keys:>5} keys  {each.system.title:<39}{it['requests_per_second']:>8.0f}/s", flush=True)
+        for each in running:
+            if each.service:
+                stale.append(it := asyncio.run(count_stale(each, database, 2 * options.seconds)))
+                print(f"stale answers  {each.system.title:<39}{it['stale']:>8} of {it['asked']}", flush=True)
+        summary = report.summarise(measurements)
+        for number in range(some):
+            for share in OPEN_SHARES:
+                for each in [each for each in running if (each.system.name, 64) in summary.rows]:
+                    rate = share * summary.value(each.system.name, 64, "requests_per_second")
+                    opened.append(it := measure_open(each, rate, share, options.seconds))
+                    print(
+                        f"open loop {number + 1}/{some} {share:>4.0%}  {each.system.title:<39}"
+                        f"{it['reached']:>8.0f}/s  p50 {it['p50_ms']:>7.2f}  p99 {it['p99_ms']:>7.2f}"
+                        f"  p99.9 {it['p999_ms']:>7.2f} ms",
+                        flush=True,
+                    )
     return {
         "machine": describe_machine(database),
         "command": " ".join(["python", "benchmarks/bench.py", *sys.argv[1:]]),
         "seconds": options.seconds,
         "rounds": options.rounds,
         "systems": {each.system.name: each.system.title for each in running},
+        "fresh": {each.system.name: each.system.fresh for each in running if each.service},
         "measurements": measurements,
         "flatness": flatness,
+        "keyed": keyed,
+        "stale": stale,
+        "open": opened,
         "memory_after_rounds": memory,
         "memory_after_flatness": list(map(megabytes, subject.processes())) if flatness and subject else [],
     }
@@ -253,14 +343,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [system.name for system in SYSTEMS]
     parser = argparse.ArgumentParser(description="Measure this system side by side with its peers.")
     parser.add_argument(
-        "--quick", action="store_true", help="a look of about 90 s: 2 short rounds, 1, 64 and 256 clients"
+        "--quick", action="store_true", help="a look of some 4 minutes: 2 short rounds, 1, 64 and 256 clients"
     )
     parser.add_argument("--systems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--connections", nargs="+", type=int, help="clients (default: 1 8 64 256 1024)")
-    parser.add_argument("--rounds", type=int, help="how often everything is measured (default: 6)")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured (default: 4)")
     parser.add_argument("--seconds", type=int, help="length of one measurement (default: 2)")
     parser.add_argument("--flat-connections", nargs="+", type=int, default=FLAT_CONNECTIONS)
     parser.add_argument("--flat-rounds", type=int, help="rounds of the flatness part (default: 3; 0: leave it out)")
+    parser.add_argument(
+        "--no-more", dest="more", action="store_false", help="leave out keys, stale answers and the open loop"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder (default: benchmarks/results for a full run, else results/partial in it)"
     )
@@ -268,7 +361,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.output = options.output or HERE / "results" / ("partial" if arguments or sys.argv[1:] else "")
     quick = options.quick
     options.connections = options.connections or ([1, 64, 256] if quick else [1, 8, 64, 256, 1024])
-    options.rounds = options.rounds or (2 if quick else 6)
+    options.rounds = options.rounds or (2 if quick else 4)
     options.seconds = options.seconds or (1 if quick else 2)
     if options.flat_rounds is None:
         options.flat_rounds = 1 if quick else 3

@@ -26,22 +26,27 @@ def connect(port: int) -> socket.socket:
 
 
 def receive(connection: socket.socket) -> int:
-    """Take an answer, small enough to come in one piece; its bytes. Raises `OSError` unless it is a good one."""
-    data = connection.recv(65536)
-    if not data.startswith(b"HTTP/1.1 200"):
-        raise OSError(f"not a good answer: {data[:200]!r}")
+    """Take an answer; its bytes. Some servers send it in two pieces. Raises `OSError` unless it is a good one."""
+    data = b""
+    while b"\r\n\r\n" not in data or data.endswith(b"\r\n\r\n"):
+        received = connection.recv(65536)
+        data += received
+        if not received or not data.startswith(b"HTTP/1.1 200"):
+            raise OSError(f"not a good answer: {data[:200]!r}")
     return len(data)
 
 
-def ask(ports: list[int], path: str, rate: float, seconds: float) -> tuple[int, float]:
+def ask(
+    ports: list[int], path: str, rate: float, seconds: float, latencies: list[float] | None = None
+) -> tuple[int, float]:
     """Ask servers on these ports of the loopback, each as often as the others; how many requests, in how many seconds.
 
-    Raises `OSError` for a bad answer.
+    `latencies` gets the seconds from the moment at which each request was due. Raises `OSError` for a bad answer.
     """
     request = REQUEST % path.encode()
     idle: dict[int, list[socket.socket]] = {port: [] for port in ports}
     port_of: dict[socket.socket, int] = {}
-    busy: set[socket.socket] = set()
+    busy: dict[socket.socket, float] = {}  # when the request was due
     count = 0
     start = due = now = time.perf_counter()
     end = start + seconds
@@ -52,7 +57,9 @@ def ask(ports: list[int], path: str, rate: float, seconds: float) -> tuple[int, 
         now = time.perf_counter()
         for connection in readable:
             receive(connection)
-            busy.remove(connection)
+            asked = busy.pop(connection)
+            if latencies is not None:
+                latencies.append(now - asked)
             idle[port_of[connection]].append(connection)
         while due <= now and due < end:
             port = random.choice(ports)
@@ -64,7 +71,7 @@ def ask(ports: list[int], path: str, rate: float, seconds: float) -> tuple[int, 
                 connection = connect(port)
                 port_of[connection] = port
             connection.send(request)
-            busy.add(connection)
+            busy[connection] = due
             count += 1
             due += random.expovariate(rate)
     for connection in port_of:

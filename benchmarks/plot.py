@@ -35,7 +35,9 @@ class Row:
     cpu: list[float]
     """µs per request: gateway, message service, PostgreSQL."""
     subject: bool
-    limit: bool
+    alone: bool
+    """Without message service and database."""
+    fresh: bool
 
 
 def text(x: float, y: float, content: str, kind: str = "") -> str:
@@ -59,10 +61,10 @@ def document(width: int, height: int, title: str, marks: list[str]) -> str:
 
 
 def bars(rows: list[Row], clients: int) -> str:
-    """Requests per second and CPU per request of each system, the limits apart."""
+    """Requests per second and CPU per request of each system; those without a service behind them apart."""
     labels, speed, cost, pitch = 280, 300, 600, 30
     length = 215
-    rows = sorted(rows, key=lambda row: (row.limit, -row.requests_per_second))
+    rows = sorted(rows, key=lambda row: (row.alone, -row.requests_per_second))
     fastest = max(row.requests_per_second for row in rows)
     dearest = max(sum(row.cpu) for row in rows)
     marks = [
@@ -72,14 +74,14 @@ def bars(rows: list[Row], clients: int) -> str:
     ]
     y = 84.0
     for index, row in enumerate(rows):
-        if row.limit and index and not rows[index - 1].limit:
+        if row.alone and index and not rows[index - 1].alone:
             marks.append(text(24, y + 24, "without message service and database:", "soft"))
             y += 34
         kind = "strong" if row.subject else ""
         middle = y + 14
-        marks.append(text(labels, middle + 1, row.title.removeprefix("limit: "), f"{kind} end"))
+        marks.append(text(labels, middle + 1, row.title + ("" if row.fresh else " (stale answers)"), f"{kind} end"))
         width = row.requests_per_second / fastest * length
-        fade = 'opacity="0.45"' if row.limit else ""
+        fade = 'opacity="0.45"' if row.alone else ""
         marks.append(box(speed, y, width, 19, "--accent" if row.subject else "--bar", fade))
         marks.append(text(speed + width + 6, middle + 1, f"{row.requests_per_second:,.0f}", kind))
         x = float(cost)

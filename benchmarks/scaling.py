@@ -29,7 +29,7 @@ import scaling_report
 from bench import Wrk, busy_seconds, cpu_seconds, describe_machine, interrupt
 from open_loop import REQUEST, ask, connect, receive
 from scaling_model import Constants, fit_costs, fit_seconds, load, requests_for
-from stack import SYSTEMS, Failure, Postgres, check, postgres, serve
+from stack import SAMPLE, SYSTEMS, Failure, Postgres, check, postgres, serve
 
 SYSTEM = SYSTEMS[0]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)]  # gateways, message services
@@ -131,7 +131,13 @@ def cluster(gateways: int, services: int, database: Postgres, folder: Path) -> I
             log, (_, port) = folder / f"gateway-{number}.log", made.services[number % services]
             environment = {"DOWNSTREAM_URL": f"http://127.0.0.1:{port}"}
             made.gateways.append(serve(SYSTEM.gateway, "a gateway", environment, log, stack))
-            check(f"http://127.0.0.1:{made.gateways[-1][1]}/{GATEWAY}", made.gateways[-1][0], log, "a gateway")
+            check(
+                f"http://127.0.0.1:{made.gateways[-1][1]}/{GATEWAY}",
+                {"result": SAMPLE},
+                made.gateways[-1][0],
+                log,
+                "a gateway",
+            )
         yield made
 
 

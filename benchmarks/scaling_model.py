@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_ADDED_DELAY = 0.005  # seconds, as in coalescing.py
-LIMIT = 4  # runs in flight: MAX_CALLS of gateway.py, and the default of DB_POOL_SIZE
+CALLS = 4  # in flight for one key, in a gateway: KEY_LIMIT of coalescing.py
+CONNECTIONS = 4  # of a message service: the default of DB_POOL_SIZE
+QUERIES = CONNECTIONS - CONNECTIONS // 4  # in flight for one statement
 TARGET = 0.7  # of one core, which is what one process is planned to use
 LEAST = 2  # replicas, so that one may fail
 
@@ -31,8 +33,8 @@ class Constants:
     transfer_bytes: float  # a request and its answer
 
 
-def runs(rate: float, seconds: float, work: float) -> float:
-    """Runs per second of one coalescer that is asked `rate` times a second, at random.
+def runs(rate: float, seconds: float, work: float, limit: int = CALLS) -> float:
+    """Runs per second of one coalescer that is asked for one key `rate` times a second, at random.
 
     `seconds` is the time from the start of a run to that of the next when somebody waits and the process has nothing
     else to do. Each request takes `work` seconds of its one core, which makes runs longer in proportion.
@@ -43,7 +45,7 @@ def runs(rate: float, seconds: float, work: float) -> float:
     """
     lasts = seconds / max(1 - rate * work, 0.1)
     timed = MAX_ADDED_DELAY + 1 / rate
-    in_flight = min(math.ceil(lasts / timed), LIMIT)
+    in_flight = min(math.ceil(lasts / timed), limit)
     nobody_waits = math.exp(-rate * (lasts - (in_flight - 1) * timed))
     return in_flight / (lasts + nobody_waits * (timed if in_flight > 1 else 1 / rate))
 
@@ -58,7 +60,7 @@ def runs_for(sources: float, rate: float, seconds: float, work: float) -> float:
     share = rate / sources * lasts  # of the time that a source waits for its own run
     has_asked = 1 - math.exp(-share / max(1 - share, 0.2))
     callers = (sources - 1) * has_asked + math.pow(1 - has_asked, sources - 1)
-    return max(runs(rate, seconds, work), rate / max(callers, 1.0))
+    return max(runs(rate, seconds, work, QUERIES), rate / max(callers, 1.0))
 
 
 @dataclass(frozen=True)

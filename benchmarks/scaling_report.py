@@ -11,7 +11,7 @@ from typing import Any
 
 import plot
 from report import number, table
-from scaling_model import LEAST, LIMIT, TARGET, Constants, Load, load, plan, requests_for
+from scaling_model import CONNECTIONS, LEAST, TARGET, Constants, Load, load, plan, requests_for
 
 BEGIN, END = "<!-- scaling: written by `make scaling` -->", "<!-- scaling: end -->"
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -55,7 +55,14 @@ def plan_table(it: Constants, slower: float) -> str:
     rows = []
     for requests in REQUESTS:
         needed = plan(it, requests, slower)
-        cells = [requests, needed.gateways, needed.services, needed.services * LIMIT, needed.calls, needed.queries]
+        cells = [
+            requests,
+            needed.gateways,
+            needed.services,
+            needed.services * CONNECTIONS,
+            needed.calls,
+            needed.queries,
+        ]
         gigabits = requests * it.transfer_bytes * 8 / 1e9
         rows.append([*map(number, cells), number(needed.postgres_cpu, 2), number(gigabits, 2)])
     return table([*header, "PostgreSQL's cores", "Gbit/s to clients"], rows)

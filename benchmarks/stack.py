@@ -5,6 +5,7 @@ ends it; each service is one process; the systems get the same environment varia
 """
 
 import ctypes
+import dataclasses
 import json
 import os
 import pwd
@@ -26,6 +27,7 @@ import psycopg2
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+SAMPLE = "Hello from PostgreSQL! This message was read from the database."
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
 T = TypeVar("T")
@@ -42,6 +44,8 @@ class System:
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str | Path, ...] = ()
     """Commands and files without which this system is left out."""
+    fresh: bool = True
+    """Whether each answer comes from a query that began after the request arrived; a measurement checks it."""
 
 
 def uvicorn(application: str) -> list[str]:
@@ -64,22 +68,31 @@ def go(name: str) -> list[str]:
 def sizes(database: int, downstream: int) -> dict[str, str]:
     """A peer's connections to the database and to its message service.
 
-    4 and 10, and 10 to 100 (httpx: 4 to 100), were tried with 64 and 256 clients on a quiet machine. httpx serves most
-    with 10: its own default, 100 of which 20 are kept, serves 0.8 times as many, and 100 that are all kept less than
-    half, since its pool looks through all connections and waiting requests for each request. The other peers' numbers
-    differ by no more than their rounds do. Go was tried on a busy machine only: 4, 10 and 20, with 32 to 100.
+    4 and 10, and 10 to 100 (httpx: 4 to 100), were tried with 64 and 256 clients. httpx serves most with 10, since its
+    pool looks through all connections and waiting requests for each request. The other peers' numbers differ by no more
+    than their rounds do.
     """
     return {"DB_POOL_SIZE": str(database), "DOWNSTREAM_CONNECTIONS": str(downstream)}
 
 
+SINGLE_FLIGHT = {"SINGLE_FLIGHT": "1"}
+THIS = System(
+    "this",
+    "this system",
+    [sys.executable, "-m", "gateway"],
+    [sys.executable, "-m", "message_service"],
+)
+PLAIN = System("plain", "aiohttp + aiopg", peer("plain_gateway"), peer("plain_service"), sizes(10, 100))
 SYSTEMS = [
-    System(
-        "this",
-        "this system",
-        [sys.executable, "-m", "gateway"],
-        [sys.executable, "-m", "message_service"],
+    THIS,
+    PLAIN,
+    dataclasses.replace(
+        PLAIN,
+        name="plain-single-flight",
+        title="aiohttp + aiopg, single-flight",
+        environment=sizes(10, 100) | SINGLE_FLIGHT,
+        fresh=False,
     ),
-    System("plain", "aiohttp + aiopg", peer("plain_gateway"), peer("plain_service"), sizes(10, 100)),
     System(
         "fastapi-httpx",
         "FastAPI + httpx + asyncpg",
@@ -110,9 +123,28 @@ SYSTEMS = [
         sizes(4, 32),
         needs=(HERE / "go" / "bin",),
     ),
-    System("bare-json", "limit: aiohttp, constant, json_response", peer("bare_app")),
-    System("bare-bytes", "limit: aiohttp web.Server, ready bytes", peer("bare_server")),
+    System(
+        "go-single-flight",
+        "Go: net/http + pgx + singleflight",
+        go("gateway"),
+        go("service"),
+        sizes(4, 32) | SINGLE_FLIGHT,
+        needs=(HERE / "go" / "bin",),
+        fresh=False,
+    ),
+    System("bare-json", "aiohttp, asyncio: a constant", peer("bare_app")),
+    System("bare-json-uvloop", "aiohttp, uvloop: a constant", peer("bare_app"), environment={"UVLOOP": "1"}),
+    System("bare-bytes", "web.Server, uvloop: ready bytes", peer("bare_server")),
 ]
+KEYED = [  # reads by key: GET /api/stock/{item}
+    dataclasses.replace(
+        THIS,
+        gateway=[sys.executable, "-m", "examples.orders.gateway"],
+        service=[sys.executable, "-m", "examples.orders.order_service"],
+    ),
+    PLAIN,
+]
+ITEMS = 1000  # in the stock, called item0 and so on
 
 
 class Failure(Exception):
@@ -207,6 +239,11 @@ class Postgres:
                 cursor.execute("DROP VIEW messages")
                 cursor.execute("ALTER TABLE stored RENAME TO messages")
 
+    def store(self, content: str) -> None:
+        """Commit another message while `slower`."""
+        with self.connection.cursor() as cursor:
+            cursor.execute("UPDATE stored SET content = %s WHERE id = (SELECT min(id) FROM stored)", (content,))
+
     def version(self) -> str:
         with self.connection.cursor() as cursor:
             cursor.execute("SHOW server_version")
@@ -282,6 +319,8 @@ def postgres(folder: Path) -> Iterator[Postgres]:
             with connection.cursor() as cursor:
                 cursor.execute("CREATE EXTENSION pg_stat_statements")
                 cursor.execute((ROOT / "schema.sql").read_text())
+                cursor.execute((ROOT / "examples/orders/schema.sql").read_text())
+                cursor.execute(f"INSERT INTO stock SELECT 'item' || n, n FROM generate_series(0, {ITEMS - 1}) AS n")
             yield Postgres(child, connection, environment)
         finally:
             connection.close()
@@ -338,24 +377,23 @@ def serve(
     return child, until(lambda: listening_port(child), child, log, what)
 
 
-def check(url: str, gateway: psutil.Popen, log: Path, what: str) -> None:
-    """Wait for a gateway's first answer, which is to be the sample string."""
-    expected = {"result": "Hello from PostgreSQL! This message was read from the database."}
+def check(url: str, expected: Any, gateway: psutil.Popen, log: Path, what: str) -> None:
+    """Wait for a gateway's first answer."""
     said = until(lambda: answer(url), gateway, log, f"{what}: an answer")
     if said != expected:
         raise Failure(f"{what} answers {said!r}, not {expected!r}")
 
 
-def start(system: System, database: Postgres, folder: Path, stack: ExitStack) -> Running:
-    """Start a system, to be stopped with the stack; it has answered with the sample string when this returns."""
+def start(system: System, database: Postgres, folder: Path, stack: ExitStack, *, keyed: bool = False) -> Running:
+    """Start a system, to be stopped with the stack; it has answered with the sample when this returns."""
     environment = database.environment | system.environment
-    service = None
+    service, name = None, f"{system.name}{'-keyed' if keyed else ''}"
     if system.service:
-        log = folder / f"{system.name}-service.log"
+        log = folder / f"{name}-service.log"
         service, port = serve(system.service, f"{system.title}: message service", environment, log, stack)
         environment["DOWNSTREAM_URL"] = f"http://127.0.0.1:{port}"
-    log = folder / f"{system.name}-gateway.log"
+    log = folder / f"{name}-gateway.log"
     gateway, port = serve(system.gateway, f"{system.title}: gateway", environment, log, stack)
-    url = f"http://127.0.0.1:{port}/api/string"
-    check(url, gateway, log, system.title)
+    url = f"http://127.0.0.1:{port}" + ("/api/stock/item1" if keyed else "/api/string")
+    check(url, {"item": "item1", "quantity": 1} if keyed else {"result": SAMPLE}, gateway, log, system.title)
     return Running(system, url, gateway, service)

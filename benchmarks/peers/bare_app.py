@@ -1,7 +1,8 @@
-"""A limit: the least that an aiohttp application can do, a constant through `web.json_response`."""
+"""The least that an aiohttp application does: a constant through `web.json_response`. On uvloop if UVLOOP is set."""
 
 import os
 
+import uvloop
 from aiohttp import web
 
 
@@ -13,4 +14,12 @@ app = web.Application()
 app.router.add_get("/api/string", get_string)
 
 if __name__ == "__main__":
-    web.run_app(app, host="127.0.0.1", port=int(os.environ["PORT"]), access_log=None, print=None, backlog=4096)
+    web.run_app(
+        app,
+        host="127.0.0.1",
+        port=int(os.environ["PORT"]),
+        access_log=None,
+        print=None,
+        backlog=4096,
+        loop=uvloop.new_event_loop() if os.environ.get("UVLOOP") else None,
+    )

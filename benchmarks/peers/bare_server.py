@@ -1,8 +1,9 @@
-"""A limit: the least that aiohttp can do, its low-level `web.Server` without routes returning ready bytes."""
+"""The floor: the least that aiohttp can do, its low-level `web.Server` without routes, ready bytes, on uvloop."""
 
 import asyncio
 import os
 
+import uvloop
 from aiohttp import web
 
 BODY = b'{"result": "Hello from PostgreSQL! This message was read from the database."}'
@@ -20,4 +21,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

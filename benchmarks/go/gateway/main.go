@@ -1,4 +1,4 @@
-// The gateway in net/http: each request makes one downstream call.
+// The gateway in net/http: each request makes one downstream call. With SINGLE_FLIGHT, it shares one that is under way.
 package main
 
 import (
@@ -11,6 +11,8 @@ import (
 	"os"
 	"strconv"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 )
 
 func main() {
@@ -24,8 +26,21 @@ func main() {
 	client := &http.Client{Transport: transport, Timeout: 5 * time.Second}
 	url := os.Getenv("DOWNSTREAM_URL") + "/api/message"
 
+	var calls singleflight.Group
+	message := func(ctx context.Context) (string, error) { return ask(ctx, client, url) }
+	if os.Getenv("SINGLE_FLIGHT") != "" {
+		message = func(context.Context) (string, error) {
+			// Not the request's context: the others would fail when the first client leaves.
+			shared, err, _ := calls.Do(url, func() (any, error) { return ask(context.Background(), client, url) })
+			if err != nil {
+				return "", err
+			}
+			return shared.(string), nil
+		}
+	}
+
 	http.HandleFunc("GET /api/string", func(w http.ResponseWriter, r *http.Request) {
-		message, err := ask(r.Context(), client, url)
+		message, err := message(r.Context())
 		if err != nil {
 			http.Error(w, http.StatusText(http.StatusServiceUnavailable), http.StatusServiceUnavailable)
 			return

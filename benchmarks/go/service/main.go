@@ -1,4 +1,5 @@
-// The message service in net/http and pgx: each request makes one query, prepared by pgx once a connection.
+// The message service in net/http and pgx: each request makes one query, prepared by pgx once a connection. With
+// SINGLE_FLIGHT, it shares one that is under way.
 package main
 
 import (
@@ -13,6 +14,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/singleflight"
 )
 
 func main() {
@@ -26,9 +28,20 @@ func main() {
 	}
 	defer pool.Close()
 
+	var queries singleflight.Group
+	message := func(ctx context.Context) (string, error) { return query(ctx, pool) }
+	if os.Getenv("SINGLE_FLIGHT") != "" {
+		message = func(context.Context) (string, error) {
+			shared, err, _ := queries.Do("", func() (any, error) { return query(context.Background(), pool) })
+			if err != nil {
+				return "", err
+			}
+			return shared.(string), nil
+		}
+	}
+
 	http.HandleFunc("GET /api/message", func(w http.ResponseWriter, r *http.Request) {
-		var message string
-		err := pool.QueryRow(r.Context(), "SELECT content FROM messages ORDER BY id LIMIT 1").Scan(&message)
+		message, err := message(r.Context())
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			http.NotFound(w, r)
@@ -43,4 +56,9 @@ func main() {
 		}{message})
 	})
 	log.Fatal(http.ListenAndServe(net.JoinHostPort("127.0.0.1", os.Getenv("PORT")), nil))
+}
+
+func query(ctx context.Context, pool *pgxpool.Pool) (message string, err error) {
+	err = pool.QueryRow(ctx, "SELECT content FROM messages ORDER BY id LIMIT 1").Scan(&message)
+	return
 }
