@@ -133,6 +133,8 @@ class Server(web.Server):
         try:
             response, problem = await self._handle(request), None
         except Exception as error:
+            if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
+                return web.Response()  # the client has left: aiohttp notices when it sends, and says nothing
             response, problem = self._explain(request, error)
         self._account(request, response.status, problem, time.perf_counter() - started)
         if isinstance(response, web.HTTPException):

@@ -87,7 +87,9 @@ async def again_and_again(change: Callable[[], Awaitable[None]], every: float) -
 
 
 @pytest.mark.parametrize(
-    "pair", [PAIR, *(pytest.param(pair, marks=pytest.mark.matrix) for pair in PAIRS[1:])], ids=lambda pair: pair.name
+    "pair",
+    [PAIR, *(pytest.param(other, marks=pytest.mark.matrix) for other in PAIRS[1:])],
+    ids=lambda pair: pair.name,
 )
 async def test_what_pages(pair: Pair, watched: Watched, database: Database, start: Start) -> None:
     """No alert while all is well; then one each for a silent database, an empty table, and no gateway."""
