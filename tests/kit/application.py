@@ -74,7 +74,7 @@ class Pair:
         return {*names, self.read_path, self.service_path}
 
 
-PAIRS = (
+PAIRS: tuple[Pair, ...] = (
     Pair(
         name="messages",
         gateway="gateway",
