@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import functools
 import math
-import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
@@ -58,8 +57,6 @@ ANSWERS_YES = {HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.ACCEPTED, HTTPStatu
 ANSWERS_NO = {HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.GONE, HTTPStatus.UNPROCESSABLE_ENTITY}
 READS = {hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS}
 
-_VALID_SERVER_TIMING = re.compile(r'[\w-]+(?:;dur=[\d.]+)?(?:;desc="[\w.-]*")?', re.ASCII).fullmatch
-
 T = TypeVar("T")
 Fields = Mapping[str, str]
 _NONE: Fields = {}
@@ -81,9 +78,10 @@ class Answer:
         self.media_type = "" if hdrs.CONTENT_ENCODING in response.headers else response.content_type
         self.body = body
         self.headers = response.headers
-        behind = response.headers.get("Server-Timing", "")[:MAX_TEXT].split(", ")
-        timing = [f"gateway;dur={milliseconds:.2f}", *filter(_VALID_SERVER_TIMING, behind)]
-        self.timing = {"Server-Timing": ", ".join(timing)}
+        timing, behind = f"gateway;dur={milliseconds:.2f}", response.headers.get("Server-Timing")
+        if behind and _is_passed_on(behind) and not behind.count('"') % 2 and "\\" not in behind:  # no open quotes
+            timing += f", {behind}"
+        self.timing = {"Server-Timing": timing}
 
     def json(self, kind: type[T], media_type: str = "application/json") -> T:
         """The body's value, checked and made a `kind`. Raises `ValueError` or `msgspec.DecodeError`."""
@@ -150,7 +148,6 @@ class Service:
             headers=self._headers,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            middlewares=[_once],
             response_class=_Response,
             trace_configs=traces,
         )
@@ -198,7 +195,8 @@ class Service:
         self, key: Hashable, request: web.Request, method: str, path: str, read: Read[T], query: Fields
     ) -> T:
         match_info = request.match_info
-        _refuse_slashes(match_info)
+        if match_info:
+            _refuse_slashes(match_info)
         run = functools.partial(self._exchange, self._reads, request, method, path, read, query)
         try:
             return await self._coalescer(key, run, match_info.route)
@@ -220,8 +218,7 @@ class Service:
     ) -> T:
         """Call once, on behalf of a request. Raises `Problem`."""
         started = time.perf_counter()
-        own = self._own_headers(request)
-        own.update(headers)
+        own = {**self._own_headers(request), **headers}
         if started > self._rebalance_at:
             self._rebalance_at = started + REBALANCE_INTERVAL
             own["Connection"] = "close"
@@ -250,10 +247,11 @@ class Service:
     @staticmethod
     def _own_headers(request: web.Request) -> dict[str, str]:
         headers = {"X-Request-ID": request.get(REQUEST_ID, "")}
-        for name in ("traceparent", "tracestate"):  # W3C Trace Context, which lets a server pass on what it cannot read
-            value = request.headers.get(name, "")
-            if value and len(value) <= MAX_TEXT and value.isascii() and value.isprintable():
-                headers[name] = value
+        if "traceparent" in request.headers:  # W3C Trace Context, which lets a server pass on what it cannot read
+            for name in ("traceparent", "tracestate"):
+                value = request.headers.get(name, "")
+                if value and _is_passed_on(value):
+                    headers[name] = value
         return headers
 
     # ---- answers -----------------------------------------------------------------------------------------------
@@ -287,6 +285,11 @@ class Service:
         return error if isinstance(error, Problem) else problem_of_failure(self._part, error)
 
 
+def _is_passed_on(value: str) -> bool:
+    """Whether a header field that this server does not read can break nothing where it goes."""
+    return len(value) <= MAX_TEXT and value.isascii() and value.isprintable()
+
+
 def _refuse_slashes(parameters: Mapping[str, str]) -> None:
     """Raise `Problem` if a client has escaped a slash in a parameter: in another path, it would be a separator."""
     for value in parameters.values():
@@ -306,35 +309,30 @@ def _join(base_url: str, path: str) -> URL:
 
 
 class _Response(aiohttp.ClientResponse):
-    """Gives up on interim responses without end, which aiohttp would read without a pause for anything else."""
+    """Fails where aiohttp would repeat a call by itself, as it does with PUT and DELETE among others, and gives up on
+    interim responses without end, which aiohttp would read without a pause for anything else.
+    """
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
         protocol, left = connection.protocol, MAX_INTERIM
 
-        async def read() -> Any:
+        def read() -> Any:
             nonlocal left
             if left < 0:
                 raise HttpProcessingError(message=f"more than {MAX_INTERIM} interim responses")
             left -= 1
-            return await type(protocol).read(protocol)
+            return type(protocol).read(protocol)
 
         protocol.read = read
-        return await super().start(connection)
+        try:
+            return await super().start(connection)
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            raise aiohttp.ClientConnectionError(logs.describe(error)) from error
 
 
 async def _mark_as_sent(_session: aiohttp.ClientSession, context: Any, _params: object) -> None:
     """From the moment of its connection on, a call may be carried out."""
     context.trace_request_ctx.set()
-
-
-async def _once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """A middleware of the client: without it, aiohttp repeats some calls by itself, PUT and DELETE among them."""
-    try:
-        return await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise aiohttp.ClientConnectionError(logs.describe(error)) from error
 
 
 def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:

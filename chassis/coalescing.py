@@ -125,7 +125,6 @@ class _Kind:
     answered_at: float = -math.inf
     answered_start: float = -math.inf  # when the newest of the answered runs started
     trouble_since: float = math.inf  # the first failure or late run after the last answer
-    failing_since: float = math.inf  # the first failure after the last answer
     evict_at: float = -math.inf  # before that, no key makes another's run make room
 
 
@@ -226,10 +225,13 @@ class Coalescer:
         self._arrivals += 1
         caller = _Caller(self._arrivals, now + self._timeout, loop.create_future())
         asked.callers.append(caller)
-        at = now + MAX_ADDED_DELAY if asked.runs or asked.batch_waits() else now
-        if (asked.due is None or at < asked.due.at) and asked.reach() < caller.number:
-            self._plan(asked, _Due(at, "asked", function, contextvars.copy_context()))
-            self._advance(asked)
+        if not (asked.runs or asked.due) and self._has_room(asked.kind):
+            self._start(asked, _Due(now, "asked", function, contextvars.copy_context()))
+        else:
+            at = now + MAX_ADDED_DELAY if asked.runs or asked.batch_waits() else now
+            if (asked.due is None or at < asked.due.at) and asked.reach() < caller.number:
+                self._plan(asked, _Due(at, "asked", function, contextvars.copy_context()))
+                self._advance(asked)
         try:
             result: Result = await caller.future
         except asyncio.CancelledError:
@@ -442,7 +444,7 @@ class Coalescer:
         step = 1.25 if now - run.started > kind.usual else 0.8
         kind.usual = max(kind.usual * step, self._patience / PATIENCE_FACTOR)
         kind.repeats_left = min(kind.repeats_left + REPEATS_PER_ANSWER, self._max_repeats)
-        key.trouble_since = kind.trouble_since = kind.failing_since = math.inf
+        key.trouble_since = kind.trouble_since = math.inf
         key.wait = kind.usual * PATIENCE_FACTOR
         key.late_at = now + key.wait
         self._ended(run, settled)
@@ -452,7 +454,6 @@ class Coalescer:
         key, kind, settled = run.key, run.key.kind, 0
         run.outcome = "failed"
         now = asyncio.get_running_loop().time()
-        kind.failing_since = min(kind.failing_since, now)
         reach = key.reach()
         # As many as are in flight may fail at once, before those that are answered have paid for them.
         can_pay = self._max_repeats and kind.repeats_left + len(kind.runs) >= 1
@@ -463,7 +464,7 @@ class Coalescer:
                     caller.future.set_exception(error)
                     settled += 1
         elif key.due is None and reach < run.reach:  # the run of a batch that waits is theirs, too
-            at = now + FIRST_REPEAT + (now - kind.failing_since)  # so that the time doubles while nothing is answered
+            at = now + FIRST_REPEAT + (now - kind.trouble_since)  # so that the time doubles while nothing is answered
             self._plan(key, replace(run.due, at=min(at, end), reason="failed"))
             kind.repeats_left -= 1
         self._ended(run, settled, error)
@@ -479,8 +480,10 @@ class Coalescer:
         elif key.due and key.batch_waits():
             self._complete_batch(key, key.due)
         self._observe(kind.name, settled, run.outcome, run.due.reason, error)
-        self._give_turns()
-        self._advance(key)
+        if self._lines:
+            self._give_turns()
+        if key.callers or key.runs or key.due or not key.timer:  # else the timer forgets it
+            self._advance(key)
 
     def _complete_batch(self, key: _Key, due: _Due, last: int = 0, turns: int = 0) -> None:
         """Start the batch that is `due`, unless it has been started, when `turns` have brought no more callers."""

@@ -153,7 +153,7 @@ async def test_failures_behind_a_server_are_counted_by_kind(observed: StartObser
     assert (await get(gateway.url + PAIR.read_path)).status == 503
     samples = await scrape(gateway.url)
     calls = 1 + samples["coalescing_run_callers_count outcome=failed reason=failed"]
-    assert 4 <= calls <= 8  # fewer if the machine is busy
+    assert 4 <= calls <= 9  # fewer if the machine is busy
     assert total(samples, "dependency_errors_total error_type=unavailable") == calls
     samples = await scrape(service.url)
     assert samples["db_client_connect_failures_total"] == calls

@@ -106,7 +106,9 @@ async def test_a_partial_outage_costs_few_calls(start_gateway: StartGateway, bad
     url = await start_gateway(service, {"/{each}": "{each}"})
 
     async def ask(client: int) -> list[int]:
-        return [(await get(f"{url}/{client}")).status for _ in range(6 if clients > 1 else 60)]
+        # With few paths, a call is short on a slow machine, too, and its repeats fit into the time that they have.
+        path = client % 20 if bad / of <= 0.5 else client
+        return [(await get(f"{url}/{path}")).status for _ in range(6 if clients > 1 else 60)]
 
     statuses = list(itertools.chain(*await asyncio.gather(*(ask(client) for client in range(clients)))))
     asked = next(calls)
