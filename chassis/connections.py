@@ -2,7 +2,7 @@
 
 Rules kept here: a connection holds a bounded amount of memory, whether its client reads or not, and so do the
 unfinished requests of all together; every request is answered, or its connection is closed in time; no client can lock
-others out. Tests: tests/chassis/test_connections.py, tests/chassis/test_malformed_http.py.
+others out. Tests: tests/chassis/test_connections.py, test_malformed_http.py, test_hostile_input.py.
 """
 
 import asyncio
@@ -10,10 +10,11 @@ import contextlib
 import logging
 import socket
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
 
-from aiohttp import EMPTY_PAYLOAD, StreamReader, web
+from aiohttp import EMPTY_PAYLOAD, StreamReader, web, web_protocol
 from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 
 from chassis import logs
@@ -26,13 +27,16 @@ SEND_TIMEOUT = 30.0  # seconds in which a client must take what it has been sent
 MAX_FIELD = 16_384  # bytes of a header field; a load balancer passes on as many
 MAX_TARGET = 16_000  # bytes of a request's target; differs from MAX_FIELD, since aiohttp's error names only the limit
 MAX_FIELDS = 256
-MAX_HEAD = 65_536  # bytes of heads that a connection is ahead of its requests; a load balancer passes on as many
-SMALL_HEAD = 4096  # bytes of a head that need not be counted
-MAX_HEADS = 8 * 1024 * 1024  # bytes of them on all connections together
+MAX_HEAD = 65_536  # bytes of them in all, with the target; a load balancer passes on as many
+MAX_HEADS = 8 * 1024 * 1024  # bytes of unfinished ones on all connections together
 MAX_UNSENT = 16_384  # bytes of answers beside what the kernel holds; with more, no further request is made
-MAX_PIECES = 32  # requests that aiohttp reads ahead
+
+# aiohttp reads one request ahead of the one that it handles. With more, as many times MAX_HEAD would wait, and when its
+# parser refuses one, it would drop those before it.
+web_protocol.MAX_MSG_QUEUE_SIZE = 1
 
 _END = b"\r\n\r\n"  # of a head
+_END_SIZE = len(_END)
 
 
 class Connections:
@@ -40,46 +44,27 @@ class Connections:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._new: dict[Connection, None] = {}  # that have had no response yet, in the order of their arrival
-        self._used: dict[Connection, None] = {}  # the others, in the order of their last response
         self._lines = logs.RepeatLog()
-        self.in_flight: set[Connection] = set()  # that have a request in flight, until its response has been sent
-        self.head_bytes = 0  # of their heads, as `Connection.head_bytes`
+        # In the order of their last responses, or of their arrival.
+        self.open: OrderedDict[Connection, None] = OrderedDict()
+        self.head_bytes = 0  # of their unfinished heads
 
     def opened(self, connection: "Connection") -> None:
-        self._new[connection] = None
-        if len(self._new) + len(self._used) > self._limit:
-            self._make_room()
-
-    def answered(self, connection: "Connection") -> None:
-        self.in_flight.discard(connection)
-        self._new.pop(connection, None)
-        self._used.pop(connection, None)
-        self._used[connection] = None
+        """Close the one that has been idle longest if there are too many: nobody can lock out others, or probes."""
+        self.open[connection] = None
+        if len(self.open) > self._limit:
+            self._lines.write("full", logging.WARNING, "too many connections: closing idle ones", limit=self._limit)
+            next(each for each in self.open if not each.in_flight).abort()
 
     def closed(self, connection: "Connection") -> None:
-        self.in_flight.discard(connection)
-        self._new.pop(connection, None)
-        self._used.pop(connection, None)
+        self.open.pop(connection, None)
         self.head_bytes -= connection.head_bytes
         connection.head_bytes = 0
-
-    def _make_room(self) -> None:
-        """Close some idle connections: clients that hold many must not lock out others, or probes.
-
-        If most have never had a response, the oldest of these. Otherwise those that have been idle longest.
-        """
-        self._lines.write("full", logging.WARNING, "too many connections: closing idle ones", limit=self._limit)
-        *new, newest = self._new
-        order = [*new, *self._used] if len(new) > self._limit // 2 else [*self._used, *new]
-        idle = [connection for connection in [*order, newest] if connection not in self.in_flight]
-        for connection in idle[: self._limit // 64 + 1]:  # several at once, since looking at all of them takes a while
-            connection.abort()
 
     def shed_heads(self) -> None:
         """Close the connections that hold most of the heads."""
         self._lines.write("heads", logging.WARNING, "too many unfinished requests: closing the longest")
-        connections = sorted([*self._new, *self._used], key=lambda connection: connection.head_bytes)
+        connections = sorted(self.open, key=lambda connection: connection.head_bytes)
         while connections and self.head_bytes > MAX_HEADS // 2:
             connections.pop().abort()
 
@@ -87,7 +72,7 @@ class Connections:
 class Connection(web.RequestHandler):
     """One of them. It answers with a problem what the parser refuses, by means of `refuse`."""
 
-    __slots__ = ("_body", "_connections", "_late", "_parsed_bytes", "_refuse", "_stuck", "_too_long", "head_bytes")
+    __slots__ = ("_body", "_connections", "_late", "_refuse", "_stuck", "_too_long", "head_bytes", "in_flight")
 
     def __init__(
         self,
@@ -108,9 +93,9 @@ class Connection(web.RequestHandler):
         )
         self._connections = connections
         self._refuse = refuse
-        self.head_bytes = 0  # received of heads of which no request has been made yet
-        self._parsed_bytes = 0  # of them, up to the last end of a head
-        self._body: StreamReader = EMPTY_PAYLOAD  # behind that head
+        self.in_flight = False  # from the moment when aiohttp takes a request from its queue until the response is sent
+        self.head_bytes = 0  # received of an unfinished head
+        self._body: StreamReader = EMPTY_PAYLOAD  # behind the last finished one
         self._too_long = False
         self._late: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
@@ -140,55 +125,60 @@ class Connection(web.RequestHandler):
     # ---- what the client sends ---------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser head by head, since it drops what it has understood of a piece if it refuses the rest."""
-        size = len(data)
-        if size <= SMALL_HEAD and data.find(_END) == size - len(_END) and not self.head_bytes and self._body.is_eof():
-            super().data_received(data)  # one short head, as most requests come: few are read ahead, so none is counted
+        alone = 0 <= data.find(_END) == len(data) - _END_SIZE < MAX_HEAD
+        if alone and not (self.head_bytes or self._messages):
+            # One request, as most come. Nothing follows it, so reading goes on: pausing would take two system calls.
+            self._max_msg_queue_size = 2
+            super().data_received(data)
             if self._messages:
-                self._body = self._messages[-1][1]
+                self._body = self._messages[0][1]
             return
-        for _ in range(MAX_PIECES):
-            end = data.find(_END) + len(_END)
-            if end < len(_END) or end == len(data):
-                break
-            self._feed(data[:end])
-            data = data[end:]
-        self._feed(data)
+        self._max_msg_queue_size = 1
+        room = max(0, MAX_HEAD - self.head_bytes)
+        self._feed(data[:room])
+        if len(data) <= room:
+            return
+        if self.head_bytes >= MAX_HEAD:
+            self._too_long = True
+            self._feed(b"\0")  # which the parser refuses anywhere in a head
+        else:
+            self._feed(data[room:])
 
     def _feed(self, piece: bytes) -> None:
-        """Feed the parser the end of a body, or a head, or the start of one."""
-        body, queued, head_bytes = self._body, len(self._messages), len(piece)
+        """Feed the parser, which stops behind each request."""
+        body, queued, size = self._body, len(self._messages), len(piece)
         if body.is_eof():
-            if self.head_bytes + head_bytes > MAX_HEAD:
-                piece, self._too_long = b"\0", True  # which the parser refuses anywhere in a head
             super().data_received(piece)
         else:
-            before = body.total_bytes
+            read = body.total_bytes
             super().data_received(piece)
-            head_bytes = max(0, head_bytes - (body.total_bytes - before)) if body.is_eof() else 0
-        self.head_bytes += head_bytes
-        self._connections.head_bytes += head_bytes
+            if body.is_eof():
+                super().data_received(b"")  # aiohttp does so only after a request that came in one piece
+                size = 0 if piece.endswith(_END) else size - (body.total_bytes - read)  # the end of chunks
         if len(self._messages) > queued:
-            self._body = self._messages[-1][1]
-            self._parsed_bytes = self.head_bytes
-            if self._late:
-                self._late.cancel()
-                self._late = None
-        elif self.head_bytes > self._parsed_bytes and not self._late:
+            self._body = body = self._messages[-1][1]
+            if piece:  # else it comes from an earlier one, which also holds what is behind it
+                end = piece.find(_END) + _END_SIZE
+                behind = 0 if piece.endswith(_END) or not body.is_eof() else len(piece) - end - body.total_bytes
+                self._hold(max(0, behind))
+        elif size and body.is_eof() and not self._upgraded:
+            self._hold(self.head_bytes + size)
+
+    def _hold(self, size: int) -> None:
+        """Note how many bytes of an unfinished head there are."""
+        self._connections.head_bytes += size - self.head_bytes
+        self.head_bytes = size
+        if size and not self._late:
             self._late = self._loop.call_later(HEAD_TIMEOUT, self._give_up)
+        elif self._late and not size:
+            self._late.cancel()
+            self._late = None
         if self._connections.head_bytes > MAX_HEADS:
             self._connections.shed_heads()
 
-    def request_made(self) -> None:
-        """Called when aiohttp takes the next request from its queue."""
-        if self._parsed_bytes and not self._messages:
-            self.head_bytes -= self._parsed_bytes
-            self._connections.head_bytes -= self._parsed_bytes
-            self._parsed_bytes = 0
-
     def _give_up(self) -> None:
         """The rest of a head has not come in time."""
-        if self in self._connections.in_flight:
+        if self.in_flight:
             self.close()  # after the response
         else:
             self.force_close()
@@ -205,8 +195,10 @@ class Connection(web.RequestHandler):
             self._stuck.cancel()
 
     def log_access(self, *_: object) -> None:
-        """Called when a response has been sent."""
-        self._connections.answered(self)
+        """Called when a response has been sent, or its client has left."""
+        self.in_flight = False
+        if self in self._connections.open:
+            self._connections.open.move_to_end(self)
 
     def handle_error(
         self,
@@ -220,7 +212,7 @@ class Connection(web.RequestHandler):
         cause = None if isinstance(exc, InvalidURLError) else (message or "").partition(":")[0][:100]
         too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         if self._too_long:
-            problem = Problem(too_large, f"There are more than {MAX_HEAD} bytes ahead of the next answer.")
+            problem = Problem(too_large, f"There are more than {MAX_HEAD} bytes of header fields.")
         elif isinstance(exc, LineTooLong) and exc.args[1] == MAX_TARGET:
             problem = Problem(HTTPStatus.REQUEST_URI_TOO_LONG, f"The target has more than {MAX_TARGET} bytes.")
         elif isinstance(exc, LineTooLong):

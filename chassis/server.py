@@ -94,7 +94,7 @@ class Server(web.Server):
         self._open = Connections(max_connections)
         self._failures = logs.RepeatLog()
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
-        metrics.ACTIVE_REQUESTS.set_function(lambda: len(self._open.in_flight))
+        metrics.ACTIVE_REQUESTS.set_function(lambda: sum(each.in_flight for each in self._open.open))
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
@@ -114,7 +114,9 @@ class Server(web.Server):
 
     def _make_safely(self, message: Any, payload: StreamReader, connection: Any, *others: Any) -> web.BaseRequest:
         """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
-        connection.request_made()
+        connection.in_flight = True
+        if message.upgrade:
+            connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
         if not message.url.raw_path and message.method != hdrs.METH_CONNECT:  # `http://host` has the path `/`
             message = message._replace(url=message.url.with_path("/", keep_query=True))
         try:
@@ -129,16 +131,16 @@ class Server(web.Server):
             return self.refuse(request, refusal)
         sent_id = request.headers.get("X-Request-ID")
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
-        self._open.in_flight.add(request.protocol)  # type: ignore[arg-type]  # all are of `Connection`
         try:
             response, problem = await self._handle(request), None
         except Exception as error:
             if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
                 return web.Response()  # the client has left: aiohttp notices when it sends, and says nothing
             response, problem = self._explain(request, error)
+            if isinstance(response, web.HTTPException):
+                self._account(request, response.status, problem, time.perf_counter() - started)
+                raise response from error
         self._account(request, response.status, problem, time.perf_counter() - started)
-        if isinstance(response, web.HTTPException):
-            raise response
         return response
 
     def _explain(self, request: web.BaseRequest, error: Exception) -> tuple[web.StreamResponse, Problem | None]:
@@ -232,8 +234,8 @@ class Server(web.Server):
 
     def _busy(self) -> bool:
         """Whether a request is in flight, or a response has not yet reached the kernel."""
-        return bool(self._open.in_flight) or any(
-            connection.transport and connection.transport.get_write_buffer_size() for connection in self.connections
+        return any(
+            each.in_flight or (each.transport and each.transport.get_write_buffer_size()) for each in self._open.open
         )
 
 
@@ -253,6 +255,7 @@ def _refusal(request: web.BaseRequest) -> Problem | None:
     """Why a request is none for the application, if so."""
     if not _is_host(request.headers.get(hdrs.HOST, "")):  # RFC 9112, 3.2
         return Problem(HTTPStatus.BAD_REQUEST, "The target or the field Host names what can be no host.")
+    # aiohttp's own check repeats the field to the client and in the log, and fails if it is no text.
     if hdrs.EXPECT in request.headers and request.headers[hdrs.EXPECT].lower() != "100-continue":
         return Problem(HTTPStatus.EXPECTATION_FAILED, "This server expects no such thing.")
     if request.rel_url.raw_path.count("/") > MAX_SEGMENTS:

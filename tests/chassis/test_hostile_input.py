@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import re
+import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import MakePeer, Start, System
+from aiohttp import ClientSession, web
+from conftest import MakePeer, Serve, Start, System
 from kit import eventually, memory
 from kit.application import PAIR
 from kit.client import connection, exchange, get
@@ -128,6 +131,19 @@ def kinds(target: bytes) -> dict[str, bytes]:
     return some
 
 
+def written_too_often(server: Server) -> list[str]:
+    """The kinds of its lines, each time that two of a kind came within a second."""
+    kinds = [f"{line['message']} {line.get('status')}" for line in server.log]
+    moments = [datetime.fromisoformat(line["time"]).timestamp() for line in server.log]
+    last: dict[str, float] = {}
+    often = []
+    for kind, moment in zip(kinds, moments, strict=True):
+        if moment - last.get(kind, 0) < 0.99:  # the clock may be corrected meanwhile
+            often.append(kind)
+        last[kind] = moment
+    return often
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("path", ["/healthz", PAIR.read_path])
 async def test_no_part_of_a_request_costs_much(system: System, start: Start, path: str) -> None:
@@ -145,8 +161,7 @@ async def test_no_part_of_a_request_costs_much(system: System, start: Start, pat
         before = before or memory(server.pid)
     assert not dear
     assert memory(server.pid) < before + 4 * 1024 * 1024
-    lines = Counter((line["time"][:19], line["message"], line.get("status")) for line in server.log)
-    assert max(lines.values()) <= 3, lines.most_common(3)  # a second of the clock may see the ends of two intervals
+    assert not written_too_often(server)
     assert not server.logged(request_id="forged")
     assert {line["message"] for line in server.log} <= {"listening", "request failed"}
 
@@ -160,11 +175,10 @@ async def test_a_long_path_costs_little(system: System, name: str) -> None:
     assert min([await cost(server, request(TARGETS[name])) for _ in range(3)]) < 10 * ordinary
 
 
-@pytest.mark.parametrize("field", ["If-None-Match", "If-Match"])
-async def test_many_tags_cost_little(system: System, field: str) -> None:
-    """A precondition with thousands of tags costs less than ten ordinary requests."""
+async def test_many_tags_cost_little(system: System) -> None:
+    """An `If-None-Match` with thousands of tags costs less than ten ordinary requests."""
     server = system.gateway
-    many = request(b"/healthz", *[field.encode() + b": " + b"," * (LONG - 200)] * 4)
+    many = request(b"/healthz", *[b"If-None-Match: " + b"," * (LONG - 200)] * 4)
     ordinary = min([await cost(server, request()) for _ in range(3)])
     assert min([await cost(server, many) for _ in range(3)]) < 10 * ordinary
 
@@ -172,13 +186,14 @@ async def test_many_tags_cost_little(system: System, field: str) -> None:
 @row("`Expect` with the client's words", "417")
 async def test_expect_does_not_write_the_log(start: Start, note: RowOf) -> None:
     """A hundred different ones write at most a line a second, whose message is ours."""
-    server, began = await start(PAIR.gateway), time.monotonic()
+    server = await start(PAIR.gateway)
     for number in range(100):
         raw = await exchange(server.url, request(b"/healthz", b"Expect: x status=200 request_id=forged%d" % number))
         assert raw.startswith(b"HTTP/1.1 417 ")
         assert b"forged" not in raw
     lines = [line for line in server.log if line["message"] != "listening"]
-    assert 1 <= len(lines) <= 2 + time.monotonic() - began
+    assert lines
+    assert not written_too_often(server)
     assert {line["message"] for line in lines} == {"request failed"}
     assert "forged" not in str(lines)
     note("at once")
@@ -204,7 +219,7 @@ async def test_a_host_that_is_none_is_400(system: System, host: str) -> None:
 
 
 async def test_preconditions(system: System) -> None:
-    """304 for a matching `If-None-Match` in any of its fields, 412 for an `If-Match` that names none of the tags."""
+    """304 for a matching `If-None-Match` in any of its fields, else 200."""
     url = system.gateway.url
     tag = (await get(url + "/healthz")).headers["ETag"].encode()
     for status, *fields in (
@@ -214,12 +229,7 @@ async def test_preconditions(system: System) -> None:
         (304, b"If-None-Match: *"),
         (200, b'If-None-Match: "nope"'),
         (200, b"If-None-Match: " + tag.strip(b'"')),
-        (200, b"If-Match: " + tag),
-        (200, b'If-Match: "a"', b"If-Match: " + tag),
-        (200, b"If-Match: *"),
-        (412, b'If-Match: "nope"'),
-        (412, b"If-Match: W/" + tag),
-        (412, b"If-Match: " + tag.replace(b'"', b'"x', 1)),
+        (200, b"If-None-Match: " + tag.replace(b'"', b'"x', 1)),
     ):
         raw = await exchange(url, request(b"/healthz", *fields))
         assert int(raw.split()[1]) == status, fields
@@ -228,6 +238,23 @@ async def test_preconditions(system: System) -> None:
 async def test_options_names_no_software(system: System) -> None:
     """Not even with an empty field."""
     assert "Server" not in (await get(system.gateway.url + "/healthz", "OPTIONS")).headers
+
+
+async def test_no_answer_is_sniffed(system: System) -> None:
+    """A browser takes it for what its `Content-Type` says, be it an error."""
+    for target in (b"/healthz", PAIR.read_path.encode(), b"/nothing", b"malformed"):
+        raw = await exchange(system.gateway.url, request(target))
+        assert b"\r\nX-Content-Type-Options: nosniff\r\n" in raw, target
+
+
+@pytest.mark.parametrize("timing", ['b;desc="x', 'b;desc="x"y"', "b;dur=1\x0b", "b;dur=é", "b;dur=" + "x" * 5_000])
+async def test_a_timing_that_is_none(start: Start, make_peer: MakePeer, timing: str) -> None:
+    """What the next part sends in its place does not reach the client."""
+    peer = await make_peer(response(PAIR.good, Server_Timing=timing))
+    gateway = await start(PAIR.gateway, DOWNSTREAM_URL=peer.url)
+    answer = await get(gateway.url + PAIR.read_path)
+    assert answer.status == 200
+    assert re.fullmatch(r"gateway;dur=[\d.]+", answer.headers["Server-Timing"])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -298,11 +325,17 @@ async def test_a_head_that_is_too_long_in_all(system: System, pieces: int) -> No
         assert (b"problem+json" in raw) == (status == b"431")
 
 
+# Adds `POST /size`, which says how many bytes the body has.
+SIZE = (
+    "async def size(request): return web.json_response(len(await request.read()))",
+    "add = web.Application.add_routes",
+    'web.Application.add_routes = lambda app, routes: add(app, [*routes, web.post("/size", size)])',
+)
+
+
 async def test_a_large_body_is_no_head(observed: StartObserved) -> None:
     """Requests with large bodies, one after the other on one connection, are answered."""
-    echo = "web.Application.add_routes = lambda app, routes, add=web.Application.add_routes: add(app, [*routes, echo])"
-    size = "async def size(request): return web.json_response(len(await request.read()))"
-    server = await observed(PAIR.gateway, size, 'echo = web.post("/size", size)', echo)
+    server = await observed(PAIR.gateway, *SIZE)
     async with connection(server.url) as client:
         for body in (b"x" * 500_000, b"\r\n\r\n" * 100_000, b"x" * 999_999):
             assert (await client.get("/size", "POST", body=body)).json() == len(body)
@@ -313,6 +346,84 @@ async def test_a_large_body_is_no_head(observed: StartObserved) -> None:
                 b"POST /size HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
             )
             assert (await client.receive()).json() == len(body)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_request_behind_a_body(observed: StartObserved, reads: bool) -> None:
+    """It is answered, though it came together with the end of the body, whether or not anything reads that."""
+    handler = (
+        SIZE if reads else ("async def size(request): await asyncio.sleep(0.05); return web.Response()", *SIZE[1:])
+    )
+    server = await observed(PAIR.gateway, *handler)
+    async with connection(server.url) as client, asyncio.timeout(10):
+        for _ in range(10):
+            client.writer.write(b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabcde")
+            await asyncio.sleep(0.02)  # so that it arrives in two pieces
+            client.writer.write(b"abcde" + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+            assert [(await client.receive()).status for _ in range(3)] == [200] * 3
+
+
+BODIES = {
+    "length": [b"Content-Length: 4\r\n\r\nab", b"cd"],
+    "chunks": [b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n", b"2\r\ncd\r\n0\r\n\r\n"],
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+async def test_the_time_for_a_head_behind_a_body(observed: StartObserved, body: str) -> None:
+    """It runs from the first byte behind the body: a connection without a next request stays."""
+    server = await observed(PAIR.gateway, *SIZE, "from chassis import connections; connections.HEAD_TIMEOUT = 0.5")
+    async with connection(server.url) as client:
+        for _ in range(2):
+            for piece in (b"POST /size HTTP/1.1\r\nHost: x\r\n", *BODIES[body]):
+                client.writer.write(piece)
+                await asyncio.sleep(0.02)  # so that it arrives in pieces
+            assert (await client.receive()).json() == 4
+            await asyncio.sleep(0.7)
+        client.writer.write(b"POST /size HTTP/1.1\r\nHost: x\r\n" + BODIES[body][0])
+        await asyncio.sleep(0.02)
+        client.writer.write(BODIES[body][1] + b"GET /healthz HTTP/1.1\r\n")
+        assert (await client.receive()).json() == 4
+        async with asyncio.timeout(10):
+            assert await client.reader.read() == b""
+
+
+ONE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+IN_FRONT = {
+    "a request": [ONE],
+    "two": [ONE, ONE],
+    "a body": [b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nabcd"],
+}
+
+
+@pytest.mark.parametrize("front", IN_FRONT)
+async def test_the_time_for_a_head_that_came_with_others(observed: StartObserved, front: str) -> None:
+    """It runs from the first byte of the piece, even if that holds whole requests, too."""
+    server = await observed(PAIR.gateway, "from chassis import connections; connections.HEAD_TIMEOUT = 0.5")
+    async with connection(server.url) as client:
+        client.writer.write(b"".join(IN_FRONT[front]) + b"GET /healthz HTTP/1.1\r\n")
+        for _ in IN_FRONT[front]:
+            await client.receive()
+        async with asyncio.timeout(10):
+            assert await client.reader.read() == b""
+
+
+async def test_a_web_socket(serve: Serve) -> None:
+    """What comes through it is no head either, however much."""
+
+    async def sizes(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for message in socket:
+            await socket.send_str(str(len(message.data)))
+        return socket
+
+    app = web.Application()
+    app.add_routes([web.get("/socket", sizes)])
+    async with ClientSession() as session, session.ws_connect(await serve(app) + "/socket") as client:
+        for _ in range(20):
+            await client.send_bytes(b"x" * 10_000)
+            assert await client.receive_str(timeout=5) == "10000"
 
 
 @row("88 pipelined requests whose answers nobody reads, on 20 connections", "a reset after `SEND_TIMEOUT`")
@@ -346,6 +457,7 @@ async def test_dripping_readers(observed: StartObserved, make_peer: MakePeer, no
             return int((await get(server.url + "/tasks")).body) <= before
 
         await eventually(drip, within=4, every=0.1)
+        assert unread(server) == 0  # nor does the kernel keep anything for them
     note("-")
 
 
@@ -377,6 +489,7 @@ def most_memory(server: Server) -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.skipif(not isinstance(PAIR.sample, str), reason="this application serves no long texts")
 @row("a row of 20 MB", "503")
 async def test_a_huge_row(start: Start, database: Database, note: RowOf) -> None:
     """503 with the cause in the log; the service stays small, and serves again when the row is gone."""
@@ -388,7 +501,7 @@ async def test_a_huge_row(start: Start, database: Database, note: RowOf) -> None
     assert {answer.status for answer in answers} == {503}
     assert "more than 1048576" in (await service.wait_for_log(status=503))["cause"]
     assert most_memory(service) < before + 150 * 1024 * 1024
-    database.store("short")
+    database.store(PAIR.other)
     assert (await get(service.url + PAIR.service_path)).status == 200
     note("at once")
 
@@ -420,28 +533,59 @@ async def ask(url: str, make: Callable[[int], bytes], rate: float) -> None:
             await asyncio.sleep(max(0, began + number / rate - time.monotonic()))
 
 
-async def p99(server: Server, make: Callable[[int], bytes], rate: float) -> float:
-    """Seconds in which 99 of 100 other requests are answered meanwhile; none fails."""
-    others = asyncio.create_task(ask(server.url, make, rate))
-    async with OpenLoop(server.url + "/healthz", server.url + PAIR.read_path) as load:
-        await asyncio.sleep(5)
-    others.cancel()
-    await asyncio.wait([others])
-    assert not load.failed()
-    return load.slowest(0.99)
+# A server that does nothing but answer. What its clients wait for, the machine and this test cost, not our servers.
+BARE = """
+import asyncio
+
+async def answer(reader, writer):
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+    await reader.read()
+    writer.close()
+
+async def serve():
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(serve())
+"""
+
+
+@contextlib.asynccontextmanager
+async def bare_server() -> AsyncIterator[str]:
+    """The URL of one, in a process of its own."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", BARE, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout
+    try:
+        yield f"http://127.0.0.1:{int(await process.stdout.readline())}/"
+    finally:
+        process.kill()
+        await process.wait()
 
 
 @pytest.mark.matrix
 @row("each hostile kind of requests at 1 Mbit/s", "200")
 @pytest.mark.parametrize("kind", ATTACKS)
 async def test_others_do_not_notice(system: System, start: Start, kind: str, note: RowOf) -> None:
-    """At 1 Mbit/s of hostile requests, no request of others fails, and 99 of 100 take less than 0.1 s."""
+    """At 1 Mbit/s of hostile requests, no request of others fails, and 99 of 100 take less than 0.1 s.
+
+    That is, longer than 99 of 100 take that are made at the same time to a server that does nothing: on a machine that
+    is busy with other things, both are late.
+    """
     server = await start(PAIR.gateway, DOWNSTREAM_URL=system.service.url)
     make = ATTACKS[kind]
     rate = 125_000 / (len(make(1)) + PACKETS)
-    for _ in range(3):  # a machine that is busy itself makes single ones longer
-        ordinary, hostile = await p99(server, lambda _: request(), rate), await p99(server, make, rate)
-        if hostile < 0.1:
-            break
-    note(f"p99 {hostile * 1000:.0f} ms; {ordinary * 1000:.0f} ms with as many ordinary requests")
-    assert hostile < max(0.1, 3 * ordinary)
+    async with (
+        bare_server() as bare,
+        OpenLoop(bare, rate=50) as noise,
+        OpenLoop(server.url + "/healthz", server.url + PAIR.read_path) as load,
+    ):
+        hostile = asyncio.create_task(ask(server.url, make, rate))
+        await asyncio.sleep(5)
+        hostile.cancel()
+        await asyncio.wait([hostile])
+    assert not load.failed()
+    took, own = load.slowest(0.99), noise.slowest(0.99)
+    note(f"p99 {took * 1000:.0f} ms; {own * 1000:.0f} ms of a server that does nothing")
+    assert took - own < 0.1

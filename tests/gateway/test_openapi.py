@@ -109,14 +109,15 @@ async def test_every_failure_is_as_described(start: Start, database: Database) -
         await check(url, PAIR.read_path, 504, "timeout", "database")
     database.sql(f"DELETE FROM {PAIR.table}")
     await check(url, PAIR.read_path, 404, PAIR.missing, None)
+    assert f"detail: {(await get(url + PAIR.read_path)).json()['detail']}\n" in FILE.read_text()  # as its example says
     database.sql(f"DROP TABLE {PAIR.table}")
     await check(url, PAIR.read_path, 503, "unavailable", "database")
     service.freeze()
     await check(url, PAIR.read_path, 504, "timeout", PAIR.part)
     service.kill()
     await check(url, PAIR.read_path, 503, "unavailable", PAIR.part)
-    other = await start("gateway", DOWNSTREAM_URL=url)
-    await check(other.url, PAIR.read_path, 502, "bad-downstream", PAIR.part)
+    lost = await start("gateway", DOWNSTREAM_URL=f"{url}/elsewhere")  # where nothing is
+    await check(lost.url, PAIR.read_path, 502, "bad-downstream", PAIR.part)
 
 
 async def test_what_no_route_sees_is_as_described(system: System) -> None:
