@@ -1,7 +1,8 @@
 """Runs the commands of docs/kubernetes.md and docs/aws.md as written, in the page's order.
 
-The shell is real; kubectl, aws, helm, docker and the like are stand-ins that record their arguments and print what the
-page needs next.
+Where a page begins with functions for its shell, each chapter runs in a shell of its own after them: it may be the only
+one that a reader needs. The shell is real; kubectl, aws, helm, docker and the like are stand-ins that record their
+arguments and print what the page needs next.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from pathlib import Path
 from kit import ROOT
 
 PAGES = ("docs/kubernetes.md", "docs/aws.md")
+SHELL = "The shell"  # the chapter with the functions that the others use
 STAND_INS = ("aws", "curl", "docker", "git", "helm", "kubectl")
 
 # What a reader sets: the page names each, and its commands refuse to run without it.
 PLACEHOLDERS = {
     "ADMINISTRATOR": "arn:aws:iam::123456789012:role/second",
     "CHART": "3.6.0",
+    "COMMIT": "abc1234",
     "RESTORE_TIME": "2026-11-28T09:30:00Z",
     "SNAPSHOT": "messages-last",
     "TARGET": "16.9",
@@ -46,6 +49,7 @@ ANSWERS = {
     r"aws .*MasterUserSecret\.SecretArn": "arn:aws:secretsmanager:eu-central-1:123456789012:secret:rds",
     r"aws .*DBInstances\[0\]\.EngineVersion": "15.19",
     r"aws .*--query cluster.version": "1.37",
+    r"list-change-sets": "arn:aws:cloudformation:eu-central-1:123456789012:changeSet/any/1",
     r"describe-addon-versions": "v1.9.0-eksbuild.1\nv1.22.1-eksbuild.2\nv1.22.1-eksbuild.1",
     r"aws .*(list-nodegroups|db-instances|login-password)": "something",
     r"git rev-parse": "abc1234",
@@ -115,17 +119,28 @@ def run(page: str) -> list[Command]:
             (programs / program).chmod(0o755)
         shutil.copy(ROOT / "k8s.yaml", folder)
         (folder / "ca.pem").write_text("certificates")
-        script = "\n".join(f"export CHAPTER={shlex.quote(chapter)}\n{block}" for chapter, block in blocks(page))
+        script = ""
+        alone = SHELL in dict(blocks(page))
+        for chapter, parts in itertools.groupby(blocks(page), key=lambda item: item[0]):
+            commands = "\n".join([f"export CHAPTER={shlex.quote(chapter)}", *(block for _, block in parts)])
+            script += f"(\n{commands}\n)\n" if alone and chapter != SHELL else f"{commands}\n"
         done = subprocess.run(
-            ["bash", "-eu", "-o", "pipefail", "-c", script + "\nwait"],
+            ["bash", "-eu", "-o", "pipefail", "-c", script + "wait"],
             cwd=folder,
             env={"PATH": f"{programs}:{os.environ['PATH']}", "RECORD": str(folder / "record"), **PLACEHOLDERS},
             capture_output=True,
             text=True,
             timeout=120,
         )
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, ""), (page, done.stderr)
         return [Command(*json.loads(line)) for line in (folder / "record").read_text().splitlines()]
+
+
+def mentioned(page: str) -> list[Command]:
+    """The commands that are named in running text and in tables. Two words are the name of a command, not a command."""
+    running = re.sub(r"^ *```.*?^ *```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+    found = [shlex.split(code) for code in re.findall(r"`((?:aws|docker|helm|kubectl)\s[^`]+)`", running)]
+    return [Command("", words, "") for words in found if len(words) > 2]
 
 
 def calls(page: str, *words: str) -> list[Command]:

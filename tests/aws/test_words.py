@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("botocore", reason="the extra `aws` is not installed: make .venv/.aws")
 
 import words
-from pages import Command, calls
+from pages import Command, calls, mentioned
 
 PAGE = "docs/aws.md"
 ADDON = "update_addons asks DescribeAddonVersions, and names the template's add-ons"
@@ -25,6 +25,8 @@ SUBNETS = "the page changes nothing but the protection"
 
 # (operation, option; "" is the operation itself) -> the beginning of a sentence -> why it does not matter.
 ANSWERS = {
+    ("CancelUpdateStack", ""): {"You can cancel only stacks": "the page's table names that state"},
+    ("ContinueUpdateRollback", ""): {"A stack enters the UPDATE_ROLLBACK_FAILED": "the page's table names that state"},
     ("UpdateAddon", "addon-name"): {"The name must match": ADDON},
     ("UpdateAddon", "addon-version"): {"The version must match": ADDON},
     ("CreateAccessEntry", "principal-arn"): {
@@ -81,7 +83,7 @@ ANSWERS = {
 
 def _changing() -> Iterator[Command]:
     """The commands that change something; a question that is wrong only gets no answer."""
-    for command in calls(PAGE, "aws"):
+    for command in calls(PAGE, "aws") + [item for item in mentioned(PAGE) if item.words[0] == "aws"]:
         model = words.operation(command)
         if model is not None and command.words[2] != "wait" and not re.match("Describe|List|Get", model.name):
             yield command
