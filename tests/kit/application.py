@@ -29,9 +29,9 @@ class Pair:
     schema: str  # SQL that makes its tables
     table: str  # that the read needs
     column: str  # that it reads
-    identity: str  # column by which it finds its row
+    identity: str  # the other columns that it needs, first the one by which it finds its row
     other_type: str  # another type that holds the column's values
-    statement: str  # the read's SQL
+    statement: str  # SQL that finds the value alone
     write: str  # SQL that makes its %s what the read finds
     increase: str  # SQL that adds 1 to it, where it is a number, and returns it
     sample: Any  # what it finds once `schema` was applied

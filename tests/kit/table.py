@@ -17,7 +17,7 @@ class Row:
     test: str
 
 
-# Faults whose tests are among the ordinary ones: area, fault, what a client sees, when it is good again, test.
+# Faults whose tests are among the ordinary ones: area, fault, what a client sees, recovery, test.
 _ELSEWHERE = """
 Database | absent at start | 503 | ≤ 1 s | test_lifecycle.py
 Database | restarted between requests | 200 | at once | test_database.py
@@ -61,7 +61,7 @@ def _badness(back: str) -> tuple[bool, float]:
 
 def render(text: str, rows: list[Row]) -> str:
     """Return `text` with the table between its markers, which are added at the end if they are missing."""
-    lines = ["| fault | a client sees | good again after |", "|---|---|---|"]
+    lines = ["| fault | a client sees | recovery |", "|---|---|---|"]
     for area in AREAS:
         lines.append(f"| **{area}** | | |")
         own = [row for row in worst(rows) if row.area == area]

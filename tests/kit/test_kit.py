@@ -26,7 +26,7 @@ def test_a_database_that_was_used_is_as_new(provider: Provider) -> None:
     """Whatever the test before has done to it, and whoever is still connected."""
     own = Provider(provider.maintenance)
     used, new = own.create(), own.create()
-    used.store("changed")
+    used.store(PAIR.other)
     used.sql(f"ALTER TABLE {PAIR.table} RENAME TO elsewhere")
     used.sql(f"CREATE VIEW {PAIR.table} AS SELECT * FROM elsewhere")
     used.sql(f"ALTER DATABASE {used.name} SET default_transaction_read_only = on")
