@@ -28,7 +28,7 @@ PY_SPY = str(Path(sys.executable).with_name("py-spy"))
 HOPS = ("gateway", "message service")
 
 OWNERS = (  # by the first pattern found in a frame's file; libc and the interpreter count for their caller
-    ("this project", re.escape(f"{ROOT}/") + r"\w+\.py"),
+    ("this project", re.escape(f"{ROOT}/") + r"(?:chassis/)?\w+\.py"),
     ("psycopg2, libpq", r"psycopg|libpq"),
     ("uvloop", r"uvloop|libuv"),
     ("aiohttp", r"aiohttp|llhttp|multidict|yarl|frozenlist|propcache|aiosignal|aiohappyeyeballs"),

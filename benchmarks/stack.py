@@ -207,15 +207,16 @@ class Postgres:
 
     def cpu_seconds(self) -> float:
         """CPU time of all backends: those that ended are in the postmaster's account of its children."""
-        times = self.process.cpu_times()
-        seconds: float = times.children_user + times.children_system
-        for child in (self.process, *self.process.children(recursive=True)):
+        while True:
+            backends = self.process.children(recursive=True)
             try:
-                times = child.cpu_times()
+                times = [it.cpu_times() for it in (self.process, *backends)]
             except psutil.NoSuchProcess:
                 continue
-            seconds += times.user + times.system
-        return seconds
+            if backends == self.process.children(recursive=True):  # else one may be counted twice, or not at all
+                return float(
+                    sum(it.user + it.system for it in times) + times[0].children_user + times[0].children_system
+                )
 
     def queries(self) -> int:
         """Executions of the query for the message, by all systems so far."""
