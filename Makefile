@@ -9,11 +9,11 @@ BIN := .venv/bin
 .PHONY: help run test faults check aws lock clean bench budget scaling
 .DELETE_ON_ERROR:
 
-# Where the environment forbids byte code, each process of the tests would compile the test tools again. With the others,
-# the Python of .venv would not find what is here, or would not end by itself.
+# With the first, each process of the tests would compile the test tools again. With the others, the Python of .venv would
+# not find the modules here, or would not end by itself.
 unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONINSPECT PYTHONPATH PYTHONPLATLIBDIR PYTHONSAFEPATH PYTHONWARNINGS
 
-# pip may be told elsewhere where packages come from: not which ones, for which system, or where they go.
+# A user's settings for pip choose where packages come from, but not which ones, for which system, or where they go.
 unexport PIP_ABI PIP_CONSTRAINT PIP_EDITABLE PIP_HELP PIP_IMPLEMENTATION PIP_ISOLATED PIP_PLATFORM PIP_PYTHON \
 	PIP_PYTHON_VERSION PIP_REQUIREMENT PIP_VERSION
 export PIP_DRY_RUN := 0
@@ -24,7 +24,7 @@ help:  ## list the targets
 run: .venv/.local  ## run the whole system on this machine, PostgreSQL included; a minute the first time, then seconds; EXAMPLE=orders for the example
 	@$(BIN)/python -u -m tools.local_stack
 
-test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 3 minutes on two cores
+test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 3 --ignore tests/aws
 
 faults: .venv/.dev  ## break every part under load, 5 minutes; writes the table in docs/faults.md
