@@ -247,7 +247,7 @@ async def test_a_rolling_restart(observed: StartObserved, database: Database, no
                     await asyncio.sleep(0.8)  # haproxy finds it
             assert len(clients.replies) > 1000
             assert [reply for reply in clients.replies if reply.status != 200] == []
-            note(f"{len(clients.replies)} of {len(clients.replies)} good")
+            note(f"all {len(clients.replies)} answered")
     finally:
         haproxy.terminate()
         haproxy.wait(5)

@@ -89,7 +89,7 @@ class Replicas:
         failed = load.failed()
         assert not failed, f"{len(failed)} of {len(load.replies)} failed: {failed[:3]}"
         assert load.slowest() < 5  # DOWNSTREAM_TIMEOUT
-        self._note(f"{len(load.replies)} of {len(load.replies)} good, the slowest after {load.slowest():.2f} s")
+        self._note(f"all {len(load.replies)} answered, the slowest after {load.slowest():.2f} s")
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ async def test_one_is_slow(replicas: Replicas, services: Services, make_proxy: M
     async with replicas.lose_nothing(seconds=6) as load:
         slow.delay = 0.2  # seconds, each way
     assert load.slowest(0.99) < 0.3
-    note(f"{len(load.replies)} of {len(load.replies)} good, 99 % within {load.slowest(0.99):.2f} s")
+    note(f"all {len(load.replies)} answered, 99 % within {load.slowest(0.99):.2f} s")
 
 
 @pytest.mark.matrix
