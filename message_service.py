@@ -13,7 +13,7 @@ from aiohttp import web
 
 from chassis import database, lifecycle, metrics, schema, server, settings
 from chassis.database import Rows
-from chassis.responses import Problem, Representation, RepresentationResponse, json_representation, not_ready
+from chassis.responses import Problem, Representation, RepresentationResponse, json_representation
 from chassis.settings import setting
 
 DATABASE = web.AppKey("database", database.Database)
@@ -46,14 +46,9 @@ def read_message(rows: Rows) -> Representation | None:
     return json_representation({"message": content}, rows.timing)
 
 
-async def ready(request: web.Request) -> web.StreamResponse:
-    """`/readyz`: the database answers the query that requests share, be it with no message."""
-    response = await server.ready(request)
-    try:
-        await request.app[DATABASE].shared(QUERY, read=read_message)
-    except Problem as problem:
-        raise not_ready(problem.detail, problem.cause) from problem
-    return response
+async def check(request: web.Request) -> None:
+    """For `/readyz`: the database answers the query that requests share, be it with no message."""
+    await request.app[DATABASE].shared(QUERY, read=read_message)
 
 
 def application(options: Settings) -> web.Application:
@@ -63,13 +58,14 @@ def application(options: Settings) -> web.Application:
         async with database.Database(options, f"message_service/{server.VERSION}") as app[DATABASE]:
             yield
 
+    app[server.CHECK] = check
     app.cleanup_ctx.append(connections)
     app.on_response_prepare.append(server.end_failed_connection)
     app.add_routes(
         [
             web.get("/api/message", message),
             web.get("/healthz", server.alive),
-            web.get("/readyz", ready),
+            web.get("/readyz", server.ready),
             web.get("/metrics", metrics.metrics),
         ]
     )
@@ -83,8 +79,5 @@ if __name__ == "__main__":
         Settings,
         application,
         max_files=database.SELECT_LIMIT,
-        actions={
-            "--apply-schema": (SCHEMA.apply, "bring the database to this release's schema, and exit"),
-            "--print-schema": (SCHEMA.script, "print that as SQL for psql, and exit"),
-        },
+        actions=SCHEMA.actions,
     )

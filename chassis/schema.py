@@ -47,6 +47,14 @@ class Schema:
     grants: Mapping[str, str]
     statements: Sequence[str]
 
+    @property
+    def actions(self) -> Mapping[str, tuple[Callable[[database.Settings], str], str]]:
+        """The options of the command line, for `lifecycle.main`."""
+        return {
+            "--apply-schema": (self.apply, "bring the database to this release's schema, and exit"),
+            "--print-schema": (self.script, "print that as SQL for psql, and exit"),
+        }
+
     def apply(self, options: database.Settings) -> str:
         """Apply the file as `DB_OWNER`, if that is necessary, and check that `DB_USER` can do its work.
 

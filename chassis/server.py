@@ -15,6 +15,7 @@ import re
 import secrets
 import time
 import tomllib
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +43,8 @@ VERSION: str = _PROJECT["version"]
 MAX_SEGMENTS = 32  # of a path, since aiohttp's router looks up each path that it begins with
 
 DRAINING = web.AppKey("draining", asyncio.Event)
+# What an application asks its dependencies before it calls itself ready; raises `Problem` if it is not.
+CHECK: web.AppKey[Callable[[web.Request], Awaitable[object]]] = web.AppKey("check")
 
 _READY = Representation("application/json", b'{"status": "ready"}')
 _ALIVE = Representation("application/json", b'{"status": "alive"}')
@@ -57,10 +60,15 @@ async def alive(request: web.Request) -> web.StreamResponse:
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
-    """`/readyz`: this server should get requests. Raises `Problem` while it drains."""
+    """`/readyz`: this server should get requests. Raises `Problem` while it drains, or if its `CHECK` does."""
     draining = request.app.get(DRAINING)
     if draining and draining.is_set():
         raise not_ready("This server is about to stop.")
+    if check := request.app.get(CHECK):
+        try:
+            await check(request)
+        except Problem as problem:
+            raise not_ready(problem.detail, problem.cause) from problem
     return RepresentationResponse(request, _READY)
 
 

@@ -16,7 +16,7 @@ from psycopg2 import errors
 
 from chassis import database, lifecycle, metrics, requests, schema, server, settings
 from chassis.database import Rows
-from chassis.responses import Problem, Representation, RepresentationResponse, json_representation, not_ready
+from chassis.responses import Problem, Representation, RepresentationResponse, json_representation
 from chassis.settings import setting
 
 DATABASE = web.AppKey("database", database.Database)
@@ -150,14 +150,9 @@ def no_such_order() -> Problem:
     return Problem(HTTPStatus.NOT_FOUND, "There is no such order.", kind="no-such-order")
 
 
-async def ready(request: web.Request) -> web.StreamResponse:
-    """`/readyz`: the database answers a query like the one that requests share, be it with no item."""
-    response = await server.ready(request)
-    try:
-        await request.app[DATABASE].shared(ANY_STOCK, read=read_stock)
-    except Problem as problem:
-        raise not_ready(problem.detail, problem.cause) from problem
-    return response
+async def check(request: web.Request) -> None:
+    """For `/readyz`: the database answers a query like the one that requests share, be it with no item."""
+    await request.app[DATABASE].shared(ANY_STOCK, read=read_stock)
 
 
 def application(options: Settings) -> web.Application:
@@ -167,6 +162,7 @@ def application(options: Settings) -> web.Application:
         async with database.Database(options, f"order_service/{server.VERSION}") as app[DATABASE]:
             yield
 
+    app[server.CHECK] = check
     app.cleanup_ctx.append(connections)
     app.on_response_prepare.append(server.end_failed_connection)
     app.add_routes(
@@ -177,7 +173,7 @@ def application(options: Settings) -> web.Application:
             web.delete(f"/api/orders/{ID}", delete),
             web.get("/api/stock/{item}", stock),
             web.get("/healthz", server.alive),
-            web.get("/readyz", ready),
+            web.get("/readyz", server.ready),
             web.get("/metrics", metrics.metrics),
         ]
     )
@@ -191,8 +187,5 @@ if __name__ == "__main__":
         Settings,
         application,
         max_files=database.SELECT_LIMIT,
-        actions={
-            "--apply-schema": (SCHEMA.apply, "bring the database to this release's schema, and exit"),
-            "--print-schema": (SCHEMA.script, "print that as SQL for psql, and exit"),
-        },
+        actions=SCHEMA.actions,
     )

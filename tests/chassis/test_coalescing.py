@@ -13,7 +13,6 @@ import functools
 import gc
 import itertools
 import math
-import selectors
 import sys
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from random import Random
@@ -22,6 +21,7 @@ from typing import Any, TypeVarTuple
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.loops import JumpingLoop
 
 from chassis.coalescing import Coalescer, RunTimeoutError
 
@@ -1162,23 +1162,6 @@ def test_a_turn_is_not_lost_when_it_is_given_to_who_leaves(loop: ManualLoop, lea
 
 
 # ---- under load: a clock that jumps from timer to timer ---------------------------------------------------------
-
-
-class JumpingLoop(asyncio.SelectorEventLoop):
-    """An event loop that does not wait, and in which nothing but timers takes time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        selector = selectors.DefaultSelector()
-        selector.select = self.skip  # type: ignore[method-assign]
-        super().__init__(selector)
-
-    def skip(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        self.now += timeout or 0
-        return []
-
-    def time(self) -> float:
-        return self.now
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import re
-import selectors
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from random import Random
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from kit import ROOT
+from kit.loops import JumpingLoop
 
 import message_service
 from chassis.client import MAX_CALLS
@@ -38,23 +38,6 @@ CONSTANTS = model.Constants(
 Ask = Callable[[], Coroutine[Any, Any, None]]
 
 
-class SimulatedLoop(asyncio.SelectorEventLoop):
-    """An event loop that does not wait: its clock jumps to the next timer, and nothing else takes time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        selector = selectors.DefaultSelector()
-        selector.select = self.skip  # type: ignore[method-assign]
-        super().__init__(selector)
-
-    def skip(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        self.now += timeout or 0
-        return []
-
-    def time(self) -> float:
-        return self.now
-
-
 async def ask_at_random(rate: float, ask: Sequence[Ask], callers: int = 1500) -> None:
     """Call `rate` times a second, at random, one of these."""
     random = Random(1)
@@ -70,7 +53,7 @@ def simulate(rate: float, gateways: int, services: int, call: float, query: floa
     `query` is how long a query takes, `call` how long a call takes without it.
     """
     calls = queries = 0
-    loop = SimulatedLoop()
+    loop = JumpingLoop()
 
     async def run_query() -> None:
         nonlocal queries
