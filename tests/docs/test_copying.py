@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from kit import ROOT
 
+pytest.importorskip("ruff", reason="the extra `check` is not installed: make .venv/.check")
+
 PAGE = (ROOT / "docs/copying.md").read_text()
 OLD = re.compile(r"(?<!log_min_)messages|message[\s#_-]*service|mydb|api/(string|message)", re.IGNORECASE)
 AUTHOR = {f"GIT_{role}_{field}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for field in ("NAME", "EMAIL")}
