@@ -161,9 +161,6 @@ class _Key:
         newest = self.newest()
         return newest if newest and now < self.note_trouble(now) else None
 
-    def batch_waits(self) -> bool:
-        return self.due is not None and self.due.reason != "failed"
-
     def note_trouble(self, now: float) -> float:
         """Note that there is trouble; return until when it is worth company and repeats."""
         self.trouble_since = min(self.trouble_since, now)
@@ -227,9 +224,9 @@ class Coalescer:
         asked.callers.append(caller)
         if not (asked.runs or asked.due) and self._has_room(asked.kind):
             self._start(asked, _Due(now, "asked", function, contextvars.copy_context()))
-        else:
-            at = now + MAX_ADDED_DELAY if asked.runs or asked.batch_waits() else now
-            if (asked.due is None or at < asked.due.at) and asked.reach() < caller.number:
+        elif (asked.due is None or asked.due.reason == "failed") and asked.reach() < caller.number:
+            at = now + MAX_ADDED_DELAY if asked.runs else now
+            if asked.due is None or at < asked.due.at:  # else a repeat comes first
                 self._plan(asked, _Due(at, "asked", function, contextvars.copy_context()))
                 self._advance(asked)
         try:
@@ -429,15 +426,15 @@ class Coalescer:
 
     def _answered(self, run: _Run, result: object = None, error: Exception | None = None) -> None:
         """Settle all who asked before the run started. The trouble is over."""
-        key, kind, settled = run.key, run.key.kind, 0
+        key, kind, callers, settled = run.key, run.key.kind, run.key.callers, 0
         run.outcome = "answered"
-        while key.callers and key.callers[0].number <= run.reach:
-            caller = key.callers.popleft()
-            if not caller.future.done():
-                if error is not None:
-                    caller.future.set_exception(error)
+        while callers and callers[0].number <= run.reach:
+            future = callers.popleft().future
+            if not future.done():
+                if error is None:
+                    future.set_result(result)
                 else:
-                    caller.future.set_result(result)
+                    future.set_exception(error)
                 settled += 1
         now = asyncio.get_running_loop().time()
         kind.answered_at, kind.answered_start = now, max(kind.answered_start, run.started)
@@ -477,7 +474,7 @@ class Coalescer:
         kind.taken -= 1
         if run.makes_room and key.callers and key.callers[0].number <= run.reach:
             self._start(key, replace(run.due, reason="late"))
-        elif key.due and key.batch_waits():
+        elif key.due and key.due.reason != "failed":
             self._complete_batch(key, key.due)
         self._observe(kind.name, settled, run.outcome, run.due.reason, error)
         if self._lines:

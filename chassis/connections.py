@@ -72,7 +72,7 @@ class Connections:
 class Connection(web.RequestHandler):
     """One of them. It answers with a problem what the parser refuses, by means of `refuse`."""
 
-    __slots__ = ("_body", "_connections", "_late", "_refuse", "_stuck", "_too_long", "head_bytes", "in_flight")
+    __slots__ = ("_connections", "_late", "_refuse", "_stuck", "_too_long", "body", "head_bytes", "in_flight")
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Connection(web.RequestHandler):
         self._refuse = refuse
         self.in_flight = False  # from the moment when aiohttp takes a request from its queue until the response is sent
         self.head_bytes = 0  # received of an unfinished head
-        self._body: StreamReader = EMPTY_PAYLOAD  # behind the last finished one
+        self.body: StreamReader = EMPTY_PAYLOAD  # of the last request that aiohttp has taken from its queue
         self._too_long = False
         self._late: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
@@ -125,13 +125,10 @@ class Connection(web.RequestHandler):
     # ---- what the client sends ---------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        alone = 0 <= data.find(_END) == len(data) - _END_SIZE < MAX_HEAD
-        if alone and not (self.head_bytes or self._messages):
+        if not (self.head_bytes or self._messages) and 0 <= data.find(_END) == len(data) - _END_SIZE < MAX_HEAD:
             # One request, as most come. Nothing follows it, so reading goes on: pausing would take two system calls.
             self._max_msg_queue_size = 2
             super().data_received(data)
-            if self._messages:
-                self._body = self._messages[0][1]
             return
         self._max_msg_queue_size = 1
         room = max(0, MAX_HEAD - self.head_bytes)
@@ -146,7 +143,8 @@ class Connection(web.RequestHandler):
 
     def _feed(self, piece: bytes) -> None:
         """Feed the parser, which stops behind each request."""
-        body, queued, size = self._body, len(self._messages), len(piece)
+        queued, size = len(self._messages), len(piece)
+        body = self._messages[-1][1] if queued else self.body
         if body.is_eof():
             super().data_received(piece)
         else:
@@ -156,7 +154,7 @@ class Connection(web.RequestHandler):
                 super().data_received(b"")  # aiohttp does so only after a request that came in one piece
                 size = 0 if piece.endswith(_END) else size - (body.total_bytes - read)  # the end of chunks
         if len(self._messages) > queued:
-            self._body = body = self._messages[-1][1]
+            body = self._messages[-1][1]
             if piece:  # else it comes from an earlier one, which also holds what is behind it
                 end = piece.find(_END) + _END_SIZE
                 behind = 0 if piece.endswith(_END) or not body.is_eof() else len(piece) - end - body.total_bytes
@@ -197,8 +195,10 @@ class Connection(web.RequestHandler):
     def log_access(self, *_: object) -> None:
         """Called when a response has been sent, or its client has left."""
         self.in_flight = False
-        if self in self._connections.open:
+        try:
             self._connections.open.move_to_end(self)
+        except KeyError:  # it is closed
+            return
 
     def handle_error(
         self,

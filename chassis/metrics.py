@@ -6,14 +6,17 @@ tests/chassis/test_metrics.py.
 """
 
 import asyncio
-import functools
+import itertools
 import logging
 import time
-from collections.abc import Hashable
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator, Sequence
 
 import prometheus_client
 from aiohttp import hdrs, web
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Info, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from chassis import logs
 from chassis.responses import TIMEOUT, Problem, Representation, RepresentationResponse
@@ -25,19 +28,47 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _CALLERS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 
+
+class Histogram(Collector):
+    """A histogram that only the event loop's thread observes.
+
+    The library's own takes two locks and four times as long: a fiftieth of a shared request's CPU.
+    """
+
+    def __init__(self, name: str, meaning: str, labels: Sequence[str] = (), *, bounds: Sequence[float]) -> None:
+        self._name, self._meaning, self._labels, self._bounds = name, meaning, labels, bounds
+        self._series: dict[tuple[object, ...], list[float]] = {}  # by labels: the observations by bucket, and their sum
+        REGISTRY.register(self)
+
+    def observe(self, value: float, *labels: object) -> None:
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = [0] * (len(self._bounds) + 2)
+        series[bisect_left(self._bounds, value)] += 1
+        series[-1] += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._meaning, labels=self._labels)
+        names = [*map(str, self._bounds), "+Inf"]
+        for labels, (*counts, total) in self._series.items():
+            buckets = list(zip(names, itertools.accumulate(counts), strict=True))
+            family.add_metric([str(label) for label in labels], buckets, total)
+        yield family
+
+
 _REQUESTS = Histogram(
     "http_server_request_duration_seconds",
     "Time from a request's arrival to its response",
     ("http_request_method", "http_route", "http_response_status_code"),
-    buckets=_SECONDS,
+    bounds=_SECONDS,
 )
 _RUNS = Histogram(
     "coalescing_run_callers",
     "Callers that a run settled, by the run's outcome and the reason for it",
     ("outcome", "reason"),
-    buckets=_CALLERS,
+    bounds=_CALLERS,
 )
-_LAG = Histogram("event_loop_lag_seconds", "How late the event loop runs a timer", buckets=_SECONDS)
+_LAG = Histogram("event_loop_lag_seconds", "How late the event loop runs a timer", bounds=_SECONDS)
 ACTIVE_REQUESTS = Gauge("http_server_active_requests", "Requests in flight")
 _DEPENDENCY_ERRORS = Counter(
     "dependency_errors",
@@ -50,15 +81,11 @@ MAX_CONNECTIONS = Gauge("db_client_connection_max", "Most connections to the dat
 CONNECT_FAILURES = Counter("db_client_connect_failures", "Failed attempts to connect to the database")
 BUILD = Info("build", "This server, its version, and that of Python")
 
-# The library looks labels up under a lock, which takes longer than the rest of an observation.
-_requests = functools.cache(_REQUESTS.labels)
-_runs = functools.cache(_RUNS.labels)
-
 
 def observe_request(method: str, route: str | None, status: int, seconds: float) -> None:
     """Count a request; `route` is None if no route has its path."""
     known_method = method if method in hdrs.METH_ALL else "_OTHER"
-    _requests(known_method, route or "unmatched", status).observe(seconds)
+    _REQUESTS.observe(seconds, known_method, route or "unmatched", status)
 
 
 class Dependency:
@@ -75,7 +102,7 @@ class Dependency:
 
     def observe_run(self, kind: Hashable, callers: int, outcome: str, reason: str, error: Exception | None) -> None:
         """Called by a `Coalescer` after each run."""
-        _runs(outcome, reason).observe(callers)
+        _RUNS.observe(callers, outcome, reason)
         if outcome == "answered":
             self.answered(kind)
         elif outcome == "timed out":

@@ -89,32 +89,23 @@ class RepresentationResponse(web.StreamResponse):
         super().__init__(status=status)
         self._representation = representation
         self._routed = routed
-        self._sent = False
-        self._keeps_connection = False
-
-    @property
-    def prepared(self) -> bool:
-        return self._sent
-
-    @property
-    def keep_alive(self) -> bool | None:
-        return self._keeps_connection if self._sent else super().keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send it. Raises ConnectionResetError if the client has left, ValueError for a field with a line break."""
-        if self._sent:
+        if self._eof_sent:  # aiohttp's own mark
             return request.writer
         if self._routed:
             for app in request.match_info.apps:  # type: ignore[attr-defined]  # an application's are `web.Request`
                 for receiver in app.on_response_prepare:
                     await receiver(request, self)
-        self._keeps_connection = super().keep_alive is not False and request.keep_alive
-        self._sent = True
-        transport = request.transport
+        self._keep_alive = self._keep_alive is not False and request.keep_alive
+        self._eof_sent = True
+        protocol = request.protocol
+        transport = protocol.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
         transport.write(self._bytes(request))
-        if request.protocol.writing_paused:
+        if protocol.writing_paused:
             await request.writer.drain()
         return request.writer
 
@@ -122,7 +113,7 @@ class RepresentationResponse(web.StreamResponse):
         representation, added = self._representation, self.headers
         head, body = representation.head, representation.body
         own = f"Date: {rfc822_formatted_time()}\r\nX-Request-ID: {request.get(REQUEST_ID, '')}\r\n"
-        if not self._keeps_connection:
+        if not self._keep_alive:
             own += "" if hdrs.CONNECTION in added else "Connection: close\r\n"
         elif request.version < (1, 1):
             own += "Connection: keep-alive\r\n"

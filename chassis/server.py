@@ -20,8 +20,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
-from aiohttp import StreamReader, hdrs, web
-from multidict import CIMultiDict, CIMultiDictProxy
+from aiohttp import HttpVersion11, StreamReader, hdrs, web
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 from yarl import URL
 
 from chassis import logs, metrics
@@ -49,6 +49,7 @@ CHECK: web.AppKey[Callable[[web.Request], Awaitable[object]]] = web.AppKey("chec
 _READY = Representation("application/json", b'{"status": "ready"}')
 _ALIVE = Representation("application/json", b'{"status": "alive"}')
 
+_X_REQUEST_ID = istr("X-Request-ID")  # which multidict need not prepare for a search each time
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 _HOST = re.compile(r"(?:[\w.~!$&'()*+,;=%-]*+|\[[\w.~!$&'()*+,;=:-]++\])(?::\d*+)?", re.ASCII)  # RFC 3986, 3.2.2
 _NO_HOST = CIMultiDictProxy(CIMultiDict({hdrs.HOST: "//"}))  # for a target whose host is none
@@ -120,24 +121,29 @@ class Server(web.Server):
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def _make_safely(self, message: Any, payload: StreamReader, connection: Any, *others: Any) -> web.BaseRequest:
+    def _make_safely(
+        self, message: Any, body: StreamReader, connection: Any, writer: Any, task: Any
+    ) -> web.BaseRequest:
         """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
-        connection.in_flight = True
+        connection.in_flight, connection.body = True, body
         if message.upgrade:
             connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
+        if message.chunked and message.version < HttpVersion11:  # RFC 9112, 6.1
+            message = message._replace(should_close=True)
         if not message.url.raw_path and message.method != hdrs.METH_CONNECT:  # `http://host` has the path `/`
             message = message._replace(url=message.url.with_path("/", keep_query=True))
         try:
-            return self._make(message, payload, connection, *others)
+            return self._make(message, body, connection, writer, task)
         except ValueError:  # yarl's, such as for `http://xn--a/`
-            return self._make(message._replace(url=URL("/"), headers=_NO_HOST), payload, connection, *others)
+            message = message._replace(url=URL("/"), headers=_NO_HOST)
+            return self._make(message, body, connection, writer, task)
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request, and account for it. Raises a `web.HTTPException` that is no error, such as a redirect."""
         started = time.perf_counter()
         if refusal := _refusal(request):
             return self.refuse(request, refusal)
-        sent_id = request.headers.get("X-Request-ID")
+        sent_id = request.headers.get(_X_REQUEST_ID)
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
         try:
             response, problem = await self._handle(request), None
@@ -165,18 +171,15 @@ class Server(web.Server):
         resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
         route = resource.canonical if resource else None
         metrics.observe_request(request.method, route, status, seconds)
-        # The start of the drain is logged already, so probes that see it are not.
-        expected = problem and problem.kind == "not-ready" and self.draining.is_set()
-        if (problem and not expected) or self._access_log == "all":
+        if problem or self._access_log == "all":
             self._log(request, route, status, seconds, problem)
 
     async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
         """Called before a response is sent (signal `on_response_prepare`), whether or not its handler sends it."""
         if not isinstance(response, RepresentationResponse):  # which itself writes the id, and no name
-            response.headers["X-Request-ID"] = request[REQUEST_ID]
+            response.headers[_X_REQUEST_ID] = request[REQUEST_ID]
             response.headers.pop(hdrs.SERVER, None)  # aiohttp's name
-        misframed = request.version < (1, 1) and hdrs.TRANSFER_ENCODING in request.headers  # RFC 9112, 6.1
-        if self.draining.is_set() or misframed:
+        if self.draining.is_set():
             end_connection(response)
 
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
@@ -205,6 +208,8 @@ class Server(web.Server):
         ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
         if self._access_log == "off" and not ours:
             return
+        if problem and problem.kind == "not-ready" and self.draining.is_set() and self._access_log != "all":
+            return  # the start of the drain is logged already
         level, message = (logging.ERROR if ours else logging.INFO), "request failed" if problem else "request"
         fields: dict[str, Any] = {
             "request_id": request[REQUEST_ID],
@@ -261,10 +266,11 @@ def _is_host(text: str) -> bool:
 
 def _refusal(request: web.BaseRequest) -> Problem | None:
     """Why a request is none for the application, if so."""
-    if not _is_host(request.headers.get(hdrs.HOST, "")):  # RFC 9112, 3.2
+    headers = request.headers
+    if not _is_host(headers.get(hdrs.HOST, "")):  # RFC 9112, 3.2
         return Problem(HTTPStatus.BAD_REQUEST, "The target or the field Host names what can be no host.")
     # aiohttp's own check repeats the field to the client and in the log, and fails if it is no text.
-    if hdrs.EXPECT in request.headers and request.headers[hdrs.EXPECT].lower() != "100-continue":
+    if hdrs.EXPECT in headers and headers[hdrs.EXPECT].lower() != "100-continue":
         return Problem(HTTPStatus.EXPECTATION_FAILED, "This server expects no such thing.")
     if request.rel_url.raw_path.count("/") > MAX_SEGMENTS:
         return Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
