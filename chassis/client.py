@@ -110,7 +110,7 @@ class Service:
 
     def __init__(self, part: str, options: Settings, user_agent: str) -> None:
         self._part = part
-        self._base_url = str(options.downstream_url).rstrip("/") + "/"
+        self._base_url = options.downstream_url
         self._timeout = options.downstream_timeout
         self._headers = {"Accept-Encoding": "identity", "User-Agent": user_agent}
         self._rebalance_at = time.perf_counter() + REBALANCE_INTERVAL
@@ -298,12 +298,12 @@ def _refuse_slashes(parameters: Mapping[str, str]) -> None:
 
 
 @functools.lru_cache(maxsize=256)  # most paths are constants
-def _join(base_url: str, path: str) -> URL:
+def _join(base_url: URL, path: str) -> URL:
     """The address of a path that may hold what a client has sent. Raises `Problem` if it would lead elsewhere."""
     try:
         if not {"", ".", ".."}.isdisjoint(path.split("/")):
             raise ValueError(path)
-        return URL(base_url + quote(path), encoded=True)
+        return base_url.with_path(f"{base_url.raw_path.rstrip('/')}/{quote(path)}", encoded=True)
     except ValueError:  # a lone surrogate, which is no text, too
         raise Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.") from None
 

@@ -27,7 +27,7 @@ What a `Coalescer` guarantees, for each key, which is what callers ask for:
   for repeats, so that neither a long outage nor a partial one causes many more runs than there would be without them.
 - Time: each caller waits at most `timeout` seconds, counted from its question. Then it gets `RunTimeoutError`.
 - Cancellation: a caller that gives up disturbs nobody; when none is left, the runs are cancelled.
-- Memory: a key that nobody waits for is forgotten when its timer ends.
+- Memory: a key that nobody waits for is forgotten within `LONGEST_WAIT`.
 
 And for all keys together:
 
@@ -42,6 +42,7 @@ This module knows neither HTTP nor SQL, and imports nothing of the project. Its 
 import asyncio
 import contextvars
 import functools
+import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
@@ -115,7 +116,7 @@ class _Kind:
     """What the keys of one kind share: how runs went, and who waits for a turn."""
 
     name: Hashable
-    usual: float  # seconds that a run takes: follows the median
+    wait: float  # seconds after which a run is late: four times the median of what runs took, which it follows
     repeats_left: float  # apart from those that are planned
     taken: int = 0  # turns
     line: OrderedDict[object, _Place] = field(default_factory=OrderedDict)  # who waits for a turn
@@ -140,7 +141,6 @@ class _Key:
     wait: float = 0.0  # seconds after which a run is late
     late_at: float = math.inf
     trouble_since: float = math.inf  # as in `_Kind`
-    timer: asyncio.TimerHandle | None = None
     wakes_at: float = math.inf
 
     def newest(self) -> _Run | None:
@@ -203,9 +203,12 @@ class Coalescer:
 
         self._keys: dict[Hashable, _Key] = {}
         self._kinds: dict[Hashable, _Kind] = {}
-        self._lines: set[_Kind] = set()  # at least those with somebody in line
+        self._lines: set[_Kind] = set()  # kinds with somebody in line
+        # When each key is to be looked at, or forgotten: a heap, since a timer of the event loop for each takes longer.
+        self._wakes: list[tuple[float, int, _Key]] = []
+        self._timer: asyncio.TimerHandle | None = None  # for the first of them
         self._taken = 0  # turns, those of runs included
-        self._turn_numbers = itertools.count()
+        self._numbers = itertools.count()
         self._arrivals = 0
 
     async def __call__(self, key: Hashable, function: Callable[[], Awaitable[Result]], kind: Hashable = None) -> Result:
@@ -218,12 +221,18 @@ class Coalescer:
         asked = self._keys.get(key)
         if asked is None:
             asked = self._keys[key] = _Key(key, self._kind(kind))
-            asked.wait = asked.kind.usual * PATIENCE_FACTOR
+            asked.wait = asked.kind.wait
         self._arrivals += 1
         caller = _Caller(self._arrivals, now + self._timeout, loop.create_future())
         asked.callers.append(caller)
-        if not (asked.runs or asked.due) and self._has_room(asked.kind):
-            self._start(asked, _Due(now, "asked", function, contextvars.copy_context()))
+        if not (asked.runs or asked.due):
+            due = _Due(now, "asked", function, contextvars.copy_context())
+            if self._has_room(asked.kind):
+                self._start(asked, due)
+            else:
+                asked.due = due
+                self._queue(asked.kind, asked, functools.partial(self._start, asked, due))
+                self._set_timer(asked, now)
         elif (asked.due is None or asked.due.reason == "failed") and asked.reach() < caller.number:
             at = now + MAX_ADDED_DELAY if asked.runs else now
             if asked.due is None or at < asked.due.at:  # else a repeat comes first
@@ -254,7 +263,7 @@ class Coalescer:
             await given
         except asyncio.CancelledError:
             if given.cancelled():
-                own.line.pop(given, None)
+                self._leave_line(own, given)
             else:  # it was given at the last moment
                 self.end_turn(kind)
             raise
@@ -273,25 +282,29 @@ class Coalescer:
         if kind is None:
             if len(self._kinds) >= MAX_KINDS:
                 self._kinds = {it.name: it for it in self._kinds.values() if it.taken or it.line}
-            kind = self._kinds[name] = _Kind(name, self._patience / PATIENCE_FACTOR, self._max_repeats)
+            kind = self._kinds[name] = _Kind(name, self._patience, self._max_repeats)
         return kind
 
     def _has_room(self, kind: _Kind) -> bool:
         return self._taken < self._limit and kind.taken < self._share
 
     def _queue(self, kind: _Kind, who: object, begin: Callable[[], None]) -> None:
-        kind.line[who] = next(self._turn_numbers), begin
+        kind.line[who] = next(self._numbers), begin
         self._lines.add(kind)
+
+    def _leave_line(self, kind: _Kind, who: object) -> None:
+        if kind.line.pop(who, None) and not kind.line:
+            self._lines.remove(kind)
 
     def _give_turns(self) -> None:
         """Give the turns that are free to those who have waited longest."""
-        while self._lines and self._taken < self._limit:
-            self._lines = {kind for kind in self._lines if kind.line}
-            heads = [(next(iter(kind.line.values())), kind) for kind in self._lines if kind.taken < self._share]
-            if not heads:
+        while self._taken < self._limit:
+            kinds = [kind for kind in self._lines if kind.taken < self._share]
+            if not kinds:
                 return
-            (_, begin), kind = min(heads, key=lambda head: head[0][0])
-            kind.line.popitem(last=False)
+            kind = min(kinds, key=lambda kind: next(iter(kind.line.values()))[0])
+            who, (_, begin) = next(iter(kind.line.items()))
+            self._leave_line(kind, who)
             begin()
 
     # ---- what is due -------------------------------------------------------------------------------------------
@@ -306,9 +319,9 @@ class Coalescer:
         newest = key.newest()
         if key.due and (not key.callers or (newest and key.callers[-1].number <= newest.reach)):
             self._plan(key, None)
-            key.kind.line.pop(key, None)
+            self._leave_line(key.kind, key)
         if not key.callers:
-            if not (key.runs or key.timer):
+            if not key.runs and key.wakes_at == math.inf:
                 self._keys.pop(key.name, None)
             return
         if newest and newest.reach == math.inf:  # it is about to start, and can answer all
@@ -368,19 +381,38 @@ class Coalescer:
         key.due = due
 
     def _set_timer(self, key: _Key, now: float) -> None:
-        """Wake when something is due next. An earlier timer stays, since it sets the next one."""
-        when = min(key.late_at, key.callers[0].deadline)
+        """Look at a key when something is due next. An earlier time stays, since the next one is set then."""
+        when = min(key.late_at, key.callers[0].deadline, now + LONGEST_WAIT)
         if key.due and now < key.due.at < when:
             when = key.due.at
         if when < key.wakes_at:
-            if key.timer:
-                key.timer.cancel()
             key.wakes_at = when
-            key.timer = asyncio.get_running_loop().call_later(when - now, self._wake, key)
+            heapq.heappush(self._wakes, (when, next(self._numbers), key))
+            if self._wakes[0][2] is key:
+                self._sleep(now)
 
-    def _wake(self, key: _Key) -> None:
-        key.timer, key.wakes_at = None, math.inf
-        self._advance(key)
+    def _sleep(self, now: float) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(self._wakes[0][0] - now, self._wake)
+
+    def _wake(self) -> None:
+        """Look at the keys whose time has come. Those that are idle are forgotten, even before their time."""
+        self._timer, now = None, asyncio.get_running_loop().time()
+        while self._wakes:
+            when, _, key = self._wakes[0]
+            is_current, is_idle = when == key.wakes_at, not (key.callers or key.runs)
+            if is_current and not is_idle and when > now + MOMENT:
+                break
+            heapq.heappop(self._wakes)
+            if is_current:
+                key.wakes_at = math.inf
+                if is_idle:
+                    del self._keys[key.name]
+                else:
+                    self._advance(key)
+        if self._wakes and not self._timer:
+            self._sleep(now)
 
     # ---- runs --------------------------------------------------------------------------------------------------
 
@@ -389,7 +421,7 @@ class Coalescer:
             self._plan(key, None)  # this run is for all
             key.wait = max(key.wait, min(2 * key.wait, LONGEST_WAIT))
         key.due = None
-        key.kind.line.pop(key, None)
+        self._leave_line(key.kind, key)
         run = _Run(key, due)
         run.task = asyncio.get_running_loop().create_task(self._execute(run), context=due.context.copy())
         key.runs.append(run)
@@ -438,11 +470,11 @@ class Coalescer:
                 settled += 1
         now = asyncio.get_running_loop().time()
         kind.answered_at, kind.answered_start = now, max(kind.answered_start, run.started)
-        step = 1.25 if now - run.started > kind.usual else 0.8
-        kind.usual = max(kind.usual * step, self._patience / PATIENCE_FACTOR)
+        step = 1.25 if (now - run.started) * PATIENCE_FACTOR > kind.wait else 0.8
+        kind.wait = max(kind.wait * step, self._patience)
         kind.repeats_left = min(kind.repeats_left + REPEATS_PER_ANSWER, self._max_repeats)
         key.trouble_since = kind.trouble_since = math.inf
-        key.wait = kind.usual * PATIENCE_FACTOR
+        key.wait = kind.wait
         key.late_at = now + key.wait
         self._ended(run, settled)
 
@@ -479,7 +511,7 @@ class Coalescer:
         self._observe(kind.name, settled, run.outcome, run.due.reason, error)
         if self._lines:
             self._give_turns()
-        if key.callers or key.runs or key.due or not key.timer:  # else the timer forgets it
+        if key.callers or key.runs or key.wakes_at == math.inf:  # else it is forgotten when its time has come
             self._advance(key)
 
     def _complete_batch(self, key: _Key, due: _Due, last: int = 0, turns: int = 0) -> None:

@@ -37,12 +37,12 @@ class Representation:
         self.status = status
         self.body = body
         self.etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"' if status == HTTPStatus.OK else ""
-        caching = f"no-cache\r\nETag: {self.etag}" if self.etag else "no-store"
-        own = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        self.head = (
-            f"{_status_line(status)}\r\n{own}Cache-Control: {caching}\r\nContent-Type: {content_type}\r\n"
-            f"X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\n"
-        ).encode()
+        head = _head(status, content_type)
+        for name, value in headers.items():
+            head += f"{name}: {value}\r\n"
+        if self.etag:
+            head += f"ETag: {self.etag}\r\n"
+        self.head = f"{head}Content-Length: {len(body)}\r\n".encode()
 
     def is_known(self, fields: Iterable[str]) -> bool:
         """Whether the fields `If-None-Match` of a request name this representation, or `*`: RFC 9110, 13.1.2."""
@@ -63,6 +63,14 @@ def json_representation(
 
 
 @functools.cache
+def _head(status: int, content_type: str) -> str:
+    caching = "no-cache" if status == HTTPStatus.OK else "no-store"
+    return (
+        f"{_status_line(status)}\r\nCache-Control: {caching}\r\nContent-Type: {content_type}\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+    )
+
+
 def _status_line(status: int) -> str:
     return f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
 
