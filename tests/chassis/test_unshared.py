@@ -147,7 +147,7 @@ async def test_a_write_is_sent_once(behind: Behind, make_peer: MakePeer, name: s
     """Whatever its method; and the client is told whether it may have been carried out."""
     script, status, kind = OUTCOMES[name]
     peer = await make_peer(script)
-    url = await behind(peer.url, 2 if script is says_nothing else 30)
+    url = await behind(peer.url, 1 if script is says_nothing else 30)
     for number, method in enumerate(WRITES, 1):
         answer = await ask(url, method)
         assert (answer.status, answer.json()["type"]) == (status, PROBLEM + kind)

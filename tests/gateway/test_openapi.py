@@ -84,10 +84,13 @@ def operations_of(file: Path) -> Any:
 async def check(url: str, path: str, *expected: object, **request: Any) -> None:
     """The answers to GET and HEAD are `expected` (status, type's last part, failed part) and as described."""
     operations = operations_of(FILE)[path]
-    for method in ("GET", "HEAD"):
-        answer = await asyncio.to_thread(
-            operations[method].Case(**request).call_and_validate, base_url=url, excluded_checks=[not_a_server_error]
-        )
+
+    def ask(method: str) -> Any:
+        return operations[method].Case(**request).call_and_validate(base_url=url, excluded_checks=[not_a_server_error])
+
+    methods = ("GET", "HEAD")
+    answers = await asyncio.gather(*(asyncio.to_thread(ask, method) for method in methods))
+    for method, answer in zip(methods, answers, strict=True):
         status = answer.status_code
         if method == "GET":
             problem = answer.json()

@@ -480,7 +480,7 @@ async def test_everybody_can_use_it(broken: Server, system: System, show: Show) 
         assert report.violations_count == 0, report.generate_report()
         await page.emulate_media(color_scheme="dark")
         assert await background(page) != light
-        report = await Axe().run(page)
+        report = await Axe().run(page, options={"runOnly": ["color-contrast"]})  # nothing else differs
         assert report.violations_count == 0, report.generate_report()
     for page in (well, ill, paused):
         for width in (1280, 900, 390, 320):
