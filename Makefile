@@ -25,7 +25,7 @@ run: .venv/.local  ## run the whole system on this machine, PostgreSQL included;
 	@$(BIN)/python -u -m tools.local_stack
 
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two cores
-	$(BIN)/python -m pytest --numprocesses 3 --ignore tests/aws
+	$(BIN)/python -m pytest --numprocesses 4 --ignore tests/aws
 
 faults: .venv/.dev .venv/.check  ## break every part under load, 5 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
