@@ -27,7 +27,7 @@ run: .venv/.local  ## run the whole system on this machine, PostgreSQL included;
 test: .venv/.dev  ## every test, against a real PostgreSQL and real sockets; 4 minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 4 --ignore tests/aws
 
-faults: .venv/.dev .venv/.check  ## break every part under load, 5 minutes; writes the table in docs/faults.md
+faults: .venv/.dev .venv/.check  ## break every part under load, 20 minutes; writes the table in docs/faults.md
 	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m "matrix or fault"
 
 check: .venv/.dev .venv/.check  ## lint, types, containers, Kubernetes schemas; 20 s
