@@ -425,11 +425,12 @@ class World:
             self.answer(run)
         self.settle()
         assert not asyncio.all_tasks(self.loop), "a task is left over"
-        self.sleep(self.timeout + 2 * MOMENT)  # a key's last timer forgets it
+        self.sleep(LONGEST_WAIT + 2 * MOMENT)
         assert all(timer.cancelled() or timer.when() <= self.loop.now + MOMENT for timer in self.loop.timers), (
             "a timer is left"
         )
         assert not self.coalescer._keys, "a key is left"
+        assert not self.coalescer._wakes, "a time at which to look at a key is left"
         self.loop.timers.clear()
         left = sum(caller.cancelled for caller in self.callers)  # some of them when their answer was there
         for run in self.runs:

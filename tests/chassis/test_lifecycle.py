@@ -117,6 +117,7 @@ async def test_a_drain_loses_nothing(server: Server) -> None:
         assert (await get(server.url + path)).status == 200
         await asyncio.gather(*tasks)
     assert told_to_go == 4
+    assert not server.logged(message="request failed")  # probes that see the drain are no news
     assert await server.exit_status() == 0
 
 
