@@ -141,7 +141,7 @@ class _Key:
     wait: float = 0.0  # seconds after which a run is late
     late_at: float = math.inf
     trouble_since: float = math.inf  # as in `_Kind`
-    wakes_at: float = math.inf
+    wakes_at: float = math.inf  # its place in `Coalescer._wakes`
 
     def newest(self) -> _Run | None:
         """The run in flight that started last."""
@@ -208,7 +208,7 @@ class Coalescer:
         self._wakes: list[tuple[float, int, _Key]] = []
         self._timer: asyncio.TimerHandle | None = None  # for the first of them
         self._taken = 0  # turns, those of runs included
-        self._numbers = itertools.count()
+        self._numbers = itertools.count()  # for whatever has to be told apart, in its order
         self._arrivals = 0
 
     async def __call__(self, key: Hashable, function: Callable[[], Awaitable[Result]], kind: Hashable = None) -> Result:
@@ -225,14 +225,8 @@ class Coalescer:
         self._arrivals += 1
         caller = _Caller(self._arrivals, now + self._timeout, loop.create_future())
         asked.callers.append(caller)
-        if not (asked.runs or asked.due):
-            due = _Due(now, "asked", function, contextvars.copy_context())
-            if self._has_room(asked.kind):
-                self._start(asked, due)
-            else:
-                asked.due = due
-                self._queue(asked.kind, asked, functools.partial(self._start, asked, due))
-                self._set_timer(asked, now)
+        if not (asked.runs or asked.due) and self._has_room(asked.kind):
+            self._start(asked, _Due(now, "asked", function, contextvars.copy_context()))
         elif (asked.due is None or asked.due.reason == "failed") and asked.reach() < caller.number:
             at = now + MAX_ADDED_DELAY if asked.runs else now
             if asked.due is None or at < asked.due.at:  # else a repeat comes first
@@ -310,7 +304,7 @@ class Coalescer:
     # ---- what is due -------------------------------------------------------------------------------------------
 
     def _advance(self, key: _Key) -> None:
-        """Do what is due for a key, and set its timer for what is due next."""
+        """Do what is due for a key, and note when something is due next."""
         now = asyncio.get_running_loop().time() + MOMENT
         timed_out = self._release_callers(key, now)
         for run in key.runs[:]:  # those that can answer nobody, since everybody who waits asked after their start
@@ -339,7 +333,7 @@ class Coalescer:
             return
         if due and len(key.runs) < self._key_limit and key not in key.kind.line:
             self._queue(key.kind, key, functools.partial(self._start, key, due))
-        self._set_timer(key, now)
+        self._look_again(key, now)
 
     def _release_callers(self, key: _Key, now: float) -> bool:
         """Time out callers whose deadline has passed, and forget those who have left; whether any was timed out."""
@@ -380,7 +374,7 @@ class Coalescer:
             key.kind.repeats_left += 1
         key.due = due
 
-    def _set_timer(self, key: _Key, now: float) -> None:
+    def _look_again(self, key: _Key, now: float) -> None:
         """Look at a key when something is due next. An earlier time stays, since the next one is set then."""
         when = min(key.late_at, key.callers[0].deadline, now + LONGEST_WAIT)
         if key.due and now < key.due.at < when:
@@ -389,9 +383,9 @@ class Coalescer:
             key.wakes_at = when
             heapq.heappush(self._wakes, (when, next(self._numbers), key))
             if self._wakes[0][2] is key:
-                self._sleep(now)
+                self._set_timer(now)
 
-    def _sleep(self, now: float) -> None:
+    def _set_timer(self, now: float) -> None:
         if self._timer:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(self._wakes[0][0] - now, self._wake)
@@ -401,18 +395,15 @@ class Coalescer:
         self._timer, now = None, asyncio.get_running_loop().time()
         while self._wakes:
             when, _, key = self._wakes[0]
-            is_current, is_idle = when == key.wakes_at, not (key.callers or key.runs)
-            if is_current and not is_idle and when > now + MOMENT:
+            is_current = when == key.wakes_at  # else it has been looked at before
+            if is_current and when > now + MOMENT and (key.callers or key.runs):
                 break
             heapq.heappop(self._wakes)
             if is_current:
                 key.wakes_at = math.inf
-                if is_idle:
-                    del self._keys[key.name]
-                else:
-                    self._advance(key)
+                self._advance(key)
         if self._wakes and not self._timer:
-            self._sleep(now)
+            self._set_timer(now)
 
     # ---- runs --------------------------------------------------------------------------------------------------
 
@@ -439,7 +430,7 @@ class Coalescer:
         key, now = run.key, asyncio.get_running_loop().time()
         run.reach, run.started = self._arrivals, now
         key.late_at = now + key.wait
-        self._set_timer(key, now)
+        self._look_again(key, now)
         try:
             result = await run.due.function()
         except (Exception, asyncio.CancelledError) as error:

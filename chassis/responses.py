@@ -37,7 +37,7 @@ class Representation:
         self.status = status
         self.body = body
         self.etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"' if status == HTTPStatus.OK else ""
-        head = _head(status, content_type)
+        head = _fixed_lines(status, content_type)
         for name, value in headers.items():
             head += f"{name}: {value}\r\n"
         if self.etag:
@@ -63,7 +63,7 @@ def json_representation(
 
 
 @functools.cache
-def _head(status: int, content_type: str) -> str:
+def _fixed_lines(status: int, content_type: str) -> str:
     caching = "no-cache" if status == HTTPStatus.OK else "no-store"
     return (
         f"{_status_line(status)}\r\nCache-Control: {caching}\r\nContent-Type: {content_type}\r\n"

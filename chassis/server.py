@@ -49,7 +49,7 @@ CHECK: web.AppKey[Callable[[web.Request], Awaitable[object]]] = web.AppKey("chec
 _READY = Representation("application/json", b'{"status": "ready"}')
 _ALIVE = Representation("application/json", b'{"status": "alive"}')
 
-_X_REQUEST_ID = istr("X-Request-ID")  # which multidict need not prepare for a search each time
+_X_REQUEST_ID = istr("X-Request-ID")  # multidict would put a `str` into lower case for each search
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 _HOST = re.compile(r"(?:[\w.~!$&'()*+,;=%-]*+|\[[\w.~!$&'()*+,;=:-]++\])(?::\d*+)?", re.ASCII)  # RFC 3986, 3.2.2
 _NO_HOST = CIMultiDictProxy(CIMultiDict({hdrs.HOST: "//"}))  # for a target whose host is none
@@ -171,7 +171,9 @@ class Server(web.Server):
         resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
         route = resource.canonical if resource else None
         metrics.observe_request(request.method, route, status, seconds)
-        if problem or self._access_log == "all":
+        # The start of the drain is logged already, so probes that see it are not.
+        expected = problem and problem.kind == "not-ready" and self.draining.is_set()
+        if (problem and not expected) or self._access_log == "all":
             self._log(request, route, status, seconds, problem)
 
     async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -208,8 +210,6 @@ class Server(web.Server):
         ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
         if self._access_log == "off" and not ours:
             return
-        if problem and problem.kind == "not-ready" and self.draining.is_set() and self._access_log != "all":
-            return  # the start of the drain is logged already
         level, message = (logging.ERROR if ours else logging.INFO), "request failed" if problem else "request"
         fields: dict[str, Any] = {
             "request_id": request[REQUEST_ID],

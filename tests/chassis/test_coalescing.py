@@ -997,6 +997,23 @@ def test_who_comes_after_a_failure_need_not_wait_for_its_repeat(trouble: World) 
     assert {outcome(first), outcome(second)} == {trouble.runs[1]}
 
 
+def test_who_comes_just_before_a_repeat_shares_it(trouble: World) -> None:
+    """While another run is in flight, a new batch would start later than the repeat, and does not put it off."""
+    callers = trouble.arrived()
+    trouble.sleep(0.002)
+    callers += trouble.arrived()
+    trouble.live(0.008)
+    trouble.fail(trouble.runs[1], Failure())
+    trouble.settle()
+    trouble.live(0.008)
+    callers += trouble.arrived()
+    trouble.live(0.01)
+    assert starts(trouble) == [0, 0.007, 0.02]
+    trouble.answer(trouble.runs[2])
+    trouble.settle()
+    assert {outcome(caller) for caller in callers} == {trouble.runs[2]}
+
+
 def test_runs_for_those_who_come_meanwhile_are_no_repeats(trouble: World) -> None:
     """However many of them fail in the first second, a failed run is still repeated afterwards."""
     callers = []

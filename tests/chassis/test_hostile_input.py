@@ -363,8 +363,10 @@ async def test_a_request_behind_a_body(observed: StartObserved, reads: bool) -> 
             assert [(await client.receive()).status for _ in range(3)] == [200] * 3
 
 
+LONG_HEAD = b"".join(b"X-%d: %b\r\n" % (number, b"x" * 16_364) for number in range(4))  # makes a head of 65,535 bytes
 BODIES = {
     "length": [b"Content-Length: 4\r\n\r\nab", b"cd"],
+    "behind the longest head": [LONG_HEAD, b"Content-Length: 4\r\n\r\nabcd"],
     "chunks": [b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n", b"2\r\ncd\r\n0\r\n\r\n"],
 }
 
