@@ -21,7 +21,7 @@ from chassis import logs
 from chassis.responses import Problem, mistake
 
 KEEPALIVE_TIMEOUT = 75.0  # seconds; longer than the 60 for which an AWS load balancer keeps an idle connection
-LINGERING_TIME = 1.0  # seconds for which the rest of a request's body is read and discarded after the response
+LINGERING_TIME = 1.0  # seconds for which the rest of a request is read and discarded after the response
 HEAD_TIMEOUT = 10.0  # seconds for a request's head, from its first byte to its last
 SEND_TIMEOUT = 30.0  # seconds in which a client must take what it has been sent
 MAX_FIELD = 16_384  # bytes of a header field; a load balancer passes on as many
@@ -125,6 +125,8 @@ class Connection(web.RequestHandler):
     # ---- what the client sends ---------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        if self._parser is None:  # it has refused a request
+            return
         if not (self.head_bytes or self._messages) and 0 <= data.find(_END) == len(data) - _END_SIZE < MAX_HEAD:
             # One request, as most come. Nothing follows it, so reading goes on: pausing would take two system calls.
             self._max_msg_queue_size = 2
@@ -192,6 +194,16 @@ class Connection(web.RequestHandler):
         if self._stuck:
             self._stuck.cancel()
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        finished = await super().finish_response(request, resp, start_time)
+        if self._parser is None and self.transport and not self.transport.is_closing():
+            # If it is closed while data is unread, it is reset, and its client may lose the answer: RFC 9112, 9.6.
+            self.transport.write_eof()
+            await asyncio.sleep(LINGERING_TIME)  # cancelled when the client closes the connection
+        return finished
+
     def log_access(self, *_: object) -> None:
         """Called when a response has been sent, or its client has left."""
         self.in_flight = False
@@ -208,6 +220,7 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to a request that the parser refuses, or whose response cannot be sent."""
+        self._parser = None  # which holds what it has read; the rest is not parsed
         # The parser's message may quote what the client sent, such as a password: all of it, or after a colon.
         cause = None if isinstance(exc, InvalidURLError) else (message or "").partition(":")[0][:100]
         too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE

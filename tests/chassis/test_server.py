@@ -75,6 +75,8 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 SIZES = {
     "target of 9 kB": (b"GET /healthz?" + b"x" * 9000 + GET[12:] + b"\r\n", 200),
     "target of 17 kB": (b"GET /" + b"x" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    # The rest is on its way when the answer comes, which must not be lost with it.
+    "target of 300 kB": (b"GET /" + b"x" * 300_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
     "cookie of 16,000 bytes": (GET + b"Cookie: " + b"x" * 16_000 + b"\r\n\r\n", 200),
     "cookie of 17 kB": (GET + b"Cookie: " + b"x" * 17_000 + b"\r\n\r\n", 431),
     "150 fields": (GET + b"".join(b"A%d: b\r\n" % number for number in range(150)) + b"\r\n", 200),
