@@ -6,6 +6,7 @@ field's name in capitals. An empty variable counts as unset, since Compose and K
 
 import dataclasses
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Accepted:
-    """The values a variable may hold: those that `accepts` allows after `parse`, which raises ValueError or OSError."""
+    """The values a variable may hold: those that `accepts` allows after `parse`. Both may raise ValueError, OSError."""
 
     expected: str
     parse: Callable[[str], Any]
@@ -36,14 +37,8 @@ def _is_host(text: str) -> bool:
         return bool(_HOST_NAME.fullmatch(text.encode("idna").decode()))
 
 
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):  # `int` also takes signs, underscores and digits of other scripts
-        raise ValueError(text)
-    return int(text)
-
-
 def whole_number(low: int, high: int) -> Accepted:
-    return Accepted(f"a whole number from {low} to {high}", _whole, lambda number: low <= number <= high)
+    return Accepted(f"a whole number from {low} to {high}", int, lambda number: low <= number <= high)
 
 
 def seconds(*, zero: bool = False) -> Accepted:
@@ -55,29 +50,21 @@ def one_of(*choices: str) -> Accepted:
     return Accepted("one of " + ", ".join(choices), str, choices.__contains__)
 
 
-def _base_url(text: str) -> URL:
-    if "@" in text.partition("//")[2].partition("/")[0]:  # `URL` does not tell an empty user from none
-        raise ValueError(text)
-    return URL(text)
-
-
 def _is_base_url(url: URL) -> bool:
-    return url.scheme in ("http", "https") and bool(url.host) and not (url.query_string or url.fragment)
+    more = url.query_string or url.fragment or "@" in url.raw_authority
+    return url.scheme in ("http", "https") and bool(url.host) and not more
 
 
-def _readable_file(text: str) -> str:
-    if not Path(text).is_file():  # opening a pipe would wait for whoever writes to it
-        raise ValueError(text)
-    with Path(text).open("rb"):
-        return text
+def _is_readable_file(text: str) -> bool:
+    return Path(text).is_file() and os.access(text, os.R_OK)
 
 
 PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0 lets the system choose")
 PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
 TEXT = Accepted("UTF-8 text without control characters and without white space at either end", str)
 HOST = Accepted("a host name or address without port, or a folder's path", str, _is_host)
-BASE_URL = Accepted("a URL such as http://host:8001, without user, query or fragment", _base_url, _is_base_url)
-READABLE_FILE = Accepted("the path of a regular file that this process can read", _readable_file)
+BASE_URL = Accepted("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
+READABLE_FILE = Accepted("the path of a regular file that this process can read", str, _is_readable_file)
 
 
 def setting(
@@ -109,13 +96,11 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
         if not text:
             continue
         try:
-            if text != text.strip() or _IMPOSSIBLE.search(text):
-                raise ValueError(text)
             values[field.name] = accepted.parse(text)
-            wrong = not accepted.accepts(values[field.name])
+            if text != text.strip() or _IMPOSSIBLE.search(text) or not accepted.accepts(values[field.name]):
+                raise ValueError(text)
         except (ValueError, OSError):
-            wrong = True
-        if wrong:  # a URL or connection string may also hold a password
+            # A URL or connection string may also hold a password.
             secret = field.metadata["secret"] or "@" in text or "password=" in text
             held = "(hidden)" if secret else repr(text)
             problems.append(f"{name}: {held} is not {accepted.expected}")
