@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 from yarl import URL
 
-# Characters that no value may hold: control characters, and surrogates, which stand for bytes that are not UTF-8.
-_IMPOSSIBLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -61,7 +59,7 @@ def _is_readable_file(text: str) -> bool:
 
 PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65535; 0 lets the system choose")
 PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
-TEXT = Accepted("UTF-8 text without control characters and without white space at either end", str)
+TEXT = Accepted("printable UTF-8 text without white space at either end", str)
 HOST = Accepted("a host name or address without port, or a folder's path", str, _is_host)
 BASE_URL = Accepted("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
 READABLE_FILE = Accepted("the path of a regular file that this process can read", str, _is_readable_file)
@@ -97,7 +95,7 @@ def read(declaration: type[Settings], environ: Mapping[str, str]) -> Settings:
             continue
         try:
             values[field.name] = accepted.parse(text)
-            if text != text.strip() or _IMPOSSIBLE.search(text) or not accepted.accepts(values[field.name]):
+            if text != text.strip() or not text.isprintable() or not accepted.accepts(values[field.name]):
                 raise ValueError(text)
         except (ValueError, OSError):
             # A URL or connection string may also hold a password.
