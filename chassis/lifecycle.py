@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import io
 import logging
 import os
 import platform
@@ -132,14 +131,13 @@ def accept_connections(listener: socket.socket, server: Server) -> None:
 
 
 def allow_connections(max_files: int) -> int:
-    """Raise this process's limit on open files, as far as the system allows. Return how many connections it allows.
+    """Set this process's limit on open files, as far as the system allows. Return how many connections it allows.
 
     The usual soft limit, 1024, exists for programs that call `select`.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = max_files if hard == resource.RLIM_INFINITY else min(max_files, hard)
-    if soft != resource.RLIM_INFINITY and soft < files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return files - min(SPARE_FILES, files // 2)
 
 
@@ -163,9 +161,8 @@ def listen(host: str, port: int) -> socket.socket:
     if host:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # IPv6 is off, or the port is in use: the last line finds out
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    with contextlib.suppress(OSError, ValueError):  # there is no IPv6, or the port is in use: the last line finds out
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
     return socket.create_server(("", port), backlog=BACKLOG)
 
 
@@ -180,10 +177,8 @@ def main(
     *,
     actions: Mapping[str, tuple[Callable[[Any], str], str]] | None = None,
     max_files: int = MAX_FILES,
-) -> NoReturn:
+) -> None:
     """Run a server, or one of `actions` (option → function of the settings, help text)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: not every locale has every character
     parser = argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,
@@ -203,19 +198,16 @@ def main(
             print(action(options))
         except Exception as error:
             _exit(name, 1, " ".join(str(error).split()))
-        sys.exit(0)
+        return
     try:
         listener = listen(options.host, options.port)
     except (OSError, UnicodeError) as error:  # UnicodeError: the text cannot be a host name
-        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
-        _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
+        _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {error}")
     logs.configure(name, options.log_level, options.log_format)
     gc.freeze()  # what the imports made: a full collection walks through it for 20 ms, in which nobody is answered
     # Less CPU for each request than with asyncio's own event loop: see benchmarks/results.
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(name, application, options, listener, allow_connections(max_files)))
-    logging.shutdown()
-    sys.exit(0)
 
 
 def _exit(name: str, status: int, *lines: str) -> NoReturn:
