@@ -144,14 +144,15 @@ def allow_connections(max_files: int) -> int:
 def _stray_error_log() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
     """Return a handler that logs errors that no request waits for: a library's own, or a defect of ours.
 
-    When no open files are left, asyncio reports this some thousand times at once.
+    When no open files are left, asyncio reports this some thousand times at once. Errors of one type are equal, since
+    a message may hold an address in memory.
     """
     lines = logs.RepeatLog()
 
     def write(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         message, error = context["message"], context.get("exception")
         cause = logs.describe(error) if error else None
-        lines.write((message, cause), logging.ERROR, message, cause=cause, exception=error)
+        lines.write(type(error) if error else message, logging.ERROR, message, cause=cause, exception=error)
 
     return write
 

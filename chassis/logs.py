@@ -21,7 +21,6 @@ from typing import Any
 MAX_TEXT = 1000  # characters of a field, which may be a client's
 MAX_QUEUED_LINES = 1000  # while nobody reads stderr, further ones are dropped and counted
 REPEAT_INTERVAL = 1.0  # seconds between two lines about equal failures
-MAX_KINDS = 100  # of failures in that time; further ones are counted together
 MAX_IDS = 10  # of requests that one line stands for
 
 
@@ -133,9 +132,7 @@ class RepeatLog:
         self._repeats: dict[object, dict[str, Any]] = {}  # the next line's fields
 
     def write(self, key: object, level: int, message: str, **fields: Any) -> None:
-        """Write a line; lines with an equal `key` are equal."""
-        if key not in self._repeats and len(self._repeats) >= MAX_KINDS:
-            key, message = None, "too many kinds of failures; this is one"
+        """Write a line; lines with an equal `key` are equal. Keys are few: none may hold a client's text."""
         if (before := self._repeats.get(key)) is not None:
             self._repeats[key] = fields | {"repeats": before.get("repeats", 0) + 1, "exception": None}
             if "request_id" in fields:

@@ -164,25 +164,6 @@ async def test_repeats_are_logged_with_the_ids_of_ten_requests(start: Start, mak
     assert ids[0] == "number-1"
 
 
-def test_many_kinds_of_failures_do_not_flood_the_log() -> None:
-    """Kinds beyond a hundred in a second are counted in one line, so that no client fills memory or disk."""
-    script = """
-import asyncio
-import contextlib
-from chassis import logs
-async def fail():
-    lines = logs.RepeatLog()
-    for number in range(5000):
-        lines.write(number, 40, f"failure {number}", request_id=f"r{number}")
-    await asyncio.sleep(1.1)
-logs.configure("any", "info", "json")
-asyncio.run(fail())
-"""
-    lines = [json.loads(line) for line in run("-c", script).stderr.splitlines()]
-    assert len(lines) == 102
-    assert sum(line.get("repeats", 1) for line in lines) == 5000
-
-
 async def test_a_line_is_bounded(start: Start, make_peer: MakePeer) -> None:
     """Whatever a client or a service sends, a log line has some thousand characters."""
     peer = await make_peer(response(json.dumps({"type": "about:blank", "detail": "y" * 10**5}), "500 Failed"))
