@@ -203,7 +203,8 @@ def main(
     try:
         listener = listen(options.host, options.port)
     except (OSError, UnicodeError) as error:  # UnicodeError: the text cannot be a host name
-        _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {error}")
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+        _exit(name, 1, f"cannot listen on {options.host or 'any address'}, port {options.port}: {reason}")
     logs.configure(name, options.log_level, options.log_format)
     gc.freeze()  # what the imports made: a full collection walks through it for 20 ms, in which nobody is answered
     # Less CPU for each request than with asyncio's own event loop: see benchmarks/results.

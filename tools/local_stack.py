@@ -1,8 +1,8 @@
 """`make run`: the whole system on this machine, that is, PostgreSQL, message service and gateway, or an example's.
 
 Rules kept here: a port in use is reported before anything starts; a signal stops everything, each part before those
-that it needs; no part outlives this process, even if it is killed; the data stays, in `.data`. If `DB_HOST` is set, the
-system uses that database. Tests: tests/deployment/test_local_stack.py.
+that it needs, and a second one skips the waiting; no part outlives this process, even if it is killed; the data stays,
+in `.data`. If `DB_HOST` is set, the system uses that database. Tests: tests/deployment/test_local_stack.py.
 """
 
 import contextlib
@@ -39,7 +39,8 @@ def free_port(variable: str, default: int) -> int:
         with lifecycle.listen(os.environ.get("HOST", ""), int(port)) as listener:
             return int(listener.getsockname()[1])
     except (OSError, ValueError, OverflowError) as error:
-        sys.exit(f"{variable}={port}: {error}")
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+        sys.exit(f"cannot listen on port {port}: {reason}; set {variable} to another port")
 
 
 def wait_until(condition: Callable[[], bool], *needed: subprocess.Popen[bytes]) -> None:
@@ -70,6 +71,10 @@ def running(*command: Any, end: int = signal.SIGTERM, **options: Any) -> Iterato
             yield process
         finally:
             process.send_signal(end)
+            while process.poll() is None:
+                time.sleep(0.05)
+                if len(signals) > 1:
+                    process.send_signal(end)
 
 
 def run(*command: Any, **options: Any) -> None:
