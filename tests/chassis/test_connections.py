@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import resource
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
+import uvloop
+from aiohttp import web
 from conftest import MakePeer, Start, System
 from kit import eventually, memory, reserve_port
 from kit.application import PAIR
@@ -13,6 +16,9 @@ from kit.client import PATIENCE, Connection, connection, get
 from kit.faults import RowOf, StartObserved, back_to, footprint, open_files
 from kit.network import response, says_nothing
 from kit.postgres import Database
+
+from chassis import lifecycle
+from chassis.server import Server
 
 GOOD = response(PAIR.good)
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
@@ -44,6 +50,27 @@ async def closed(client: Connection) -> bool:
             except TimeoutError:
                 return False
     return True
+
+
+def test_clients_that_come_at_once_do_not_wait_for_each_other() -> None:
+    """Fifty are accepted in a few turns of the event loop, however long each takes: `create_server` needs fifty."""
+
+    async def serve() -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            server = await stack.enter_async_context(Server(web.Application()))
+            listener = stack.enter_context(lifecycle.listen("127.0.0.1", 0))
+            for _ in range(50):
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+            lifecycle.accept_connections(listener, server)
+            turns = 0
+            while len(server.connections) < 50 and turns < 100:
+                turns += 1
+                await asyncio.sleep(0)
+            asyncio.get_running_loop().remove_reader(listener)
+        return turns
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(serve()) < 10
 
 
 @pytest.mark.matrix
