@@ -194,23 +194,24 @@ class Connection(web.RequestHandler):
         if self._stuck:
             self._stuck.cancel()
 
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        finished = await super().finish_response(request, resp, start_time)
-        if self._parser is None and self.transport and not self.transport.is_closing():
-            # If it is closed while data is unread, it is reset, and its client may lose the answer: RFC 9112, 9.6.
-            self.transport.write_eof()
-            await asyncio.sleep(LINGERING_TIME)  # cancelled when the client closes the connection
-        return finished
-
     def log_access(self, *_: object) -> None:
         """Called when a response has been sent, or its client has left."""
         self.in_flight = False
+        if self._parser is None and self.transport and not self.transport.is_closing():
+            self._linger(self.transport)
         try:
             self._connections.open.move_to_end(self)
         except KeyError:  # it is closed
             return
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """Close it when what still comes has been read: otherwise it is reset, and its client may lose the answer.
+
+        RFC 9112, 9.6.
+        """
+        self._force_close = True  # otherwise aiohttp would close it now
+        transport.write_eof()
+        self._loop.call_later(LINGERING_TIME, transport.close)
 
     def handle_error(
         self,
