@@ -1,4 +1,4 @@
-"""The floor: the least that aiohttp can do, its low-level `web.Server` without routes, ready bytes, on uvloop."""
+"""aiohttp without its application: the low-level `web.Server`, whose `web.Response` has a ready body, on uvloop."""
 
 import asyncio
 import os
