@@ -478,14 +478,15 @@ class Coalescer:
         # As many as are in flight may fail at once, before those that are answered have paid for them.
         can_pay = self._max_repeats and kind.repeats_left + len(kind.runs) >= 1
         end = key.note_trouble(now) - FIRST_REPEAT
-        if now >= end or not can_pay:
-            for caller in key.callers:
-                if reach < caller.number <= run.reach and not caller.future.done():
-                    caller.future.set_exception(error)
-                    settled += 1
-        elif key.due is None and reach < run.reach:  # the run of a batch that waits is theirs, too
-            at = now + FIRST_REPEAT + (now - kind.trouble_since)  # so that the time doubles while nothing is answered
-            self._plan(key, replace(run.due, at=min(at, end), reason="failed"))
+        at = min(now + FIRST_REPEAT + (now - kind.trouble_since), end)  # the time doubles while nothing is answered
+        repeated = now < end and can_pay
+        for caller in key.callers:  # those for whom no repeat comes in time get the error
+            late = not repeated or caller.deadline <= at
+            if late and reach < caller.number <= run.reach and not caller.future.done():
+                caller.future.set_exception(error)
+                settled += 1
+        if repeated and key.due is None and reach < run.reach:  # the run of a batch that waits is theirs, too
+            self._plan(key, replace(run.due, at=at, reason="failed"))
             kind.repeats_left -= 1
         self._ended(run, settled, error)
 

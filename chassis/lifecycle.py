@@ -209,7 +209,11 @@ def main(
     gc.freeze()  # what the imports made: a full collection walks through it for 20 ms, in which nobody is answered
     # Less CPU for each request than with asyncio's own event loop: see benchmarks/results.
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(name, application, options, listener, allow_connections(max_files)))
+        try:
+            runner.run(serve(name, application, options, listener, allow_connections(max_files)))
+        except Exception as error:  # of the application, as it starts or ends
+            logs.log(logging.ERROR, "stopped by an error", cause=logs.describe(error), exception=error)
+            sys.exit(1)
 
 
 def _exit(name: str, status: int, *lines: str) -> NoReturn:

@@ -120,7 +120,8 @@ class RepresentationResponse(web.StreamResponse):
     def _bytes(self, request: web.BaseRequest) -> bytes:
         representation, added = self._representation, self.headers
         head, body = representation.head, representation.body
-        own = f"Date: {rfc822_formatted_time()}\r\nX-Request-ID: {request.get(REQUEST_ID, '')}\r\n"
+        own = "" if added and hdrs.DATE in added else f"Date: {rfc822_formatted_time()}\r\n"
+        own += f"X-Request-ID: {request.get(REQUEST_ID, '')}\r\n"
         if not self._keep_alive:
             own += "" if hdrs.CONNECTION in added else "Connection: close\r\n"
         elif request.version < (1, 1):
@@ -128,12 +129,13 @@ class RepresentationResponse(web.StreamResponse):
         for name, value in added.items():
             if "\r" in value or "\n" in value:
                 raise ValueError(f"a line end in the header field {name}")
-            own += f"{name}: {value}\r\n"
+            if name.lower() != "x-request-id":  # the log has the one above
+                own += f"{name}: {value}\r\n"
         if self._cookies:  # `cookies` would make an empty one, which takes longer than the rest of this
             own += "".join([f"{cookie.output()}\r\n" for cookie in self._cookies.values()])
         if added or self.status != representation.status:
             left_out = {name.lower() for name in added}
-            if self.status == HTTPStatus.NOT_MODIFIED:  # RFC 9110, 15.4.5
+            if self.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):  # RFC 9110, 15.3.5 and 15.4.5
                 left_out |= {"content-type", "content-length"}
                 body = b""
             _, *lines = head.decode().split("\r\n")

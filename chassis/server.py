@@ -62,10 +62,11 @@ async def alive(request: web.Request) -> web.StreamResponse:
 
 async def ready(request: web.Request) -> web.StreamResponse:
     """`/readyz`: this server should get requests. Raises `Problem` while it drains, or if its `CHECK` does."""
-    draining = request.app.get(DRAINING)
+    config = request.config_dict  # of a sub-application, too
+    draining = config.get(DRAINING)
     if draining and draining.is_set():
         raise not_ready("This server is about to stop.")
-    if check := request.app.get(CHECK):
+    if check := config.get(CHECK):
         try:
             await check(request)
         except Problem as problem:
@@ -117,7 +118,7 @@ class Server(web.Server):
     async def __aexit__(self, *_: object) -> None:
         # aiohttp waits twice this long, and for ever for 0. Any waiting is up to `finish`, before this.
         await self.shutdown(0.01)
-        await self._runner.cleanup()
+        await self._app.cleanup()
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -151,6 +152,10 @@ class Server(web.Server):
             if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
                 return web.Response()  # the client has left: aiohttp notices when it sends, and says nothing
             response, problem = self._explain(request, error)
+            if request.writer.output_size:  # a response has begun, and nothing else may follow it on its connection
+                seconds = time.perf_counter() - started
+                self._account(request, HTTPStatus.INTERNAL_SERVER_ERROR, mistake(error), seconds)
+                raise ConnectionError("the response cannot be finished") from error
             if isinstance(response, web.HTTPException):
                 self._account(request, response.status, problem, time.perf_counter() - started)
                 raise response from error
@@ -238,12 +243,15 @@ class Server(web.Server):
     async def finish(self, hurry: asyncio.Event, timeout: float) -> None:
         """Close idle connections, and wait for the responses on the others, for at most `timeout` seconds.
 
-        Call it when no more connections are accepted. `hurry` ends the waiting.
+        Call it when no more connections are accepted. `hurry` ends the waiting. Before it waits, it sends the
+        application's signal `on_shutdown`, which ends WebSockets and the like.
         """
         deadline = time.monotonic() + timeout
         self.pre_shutdown()
-        while self._busy() and time.monotonic() < deadline and not hurry.is_set():
+        told = asyncio.create_task(self._app.shutdown())
+        while not (told.done() and not self._busy()) and time.monotonic() < deadline and not hurry.is_set():
             await wait_for_event(hurry, 0.01)
+        told.cancel()
 
     def _busy(self) -> bool:
         """Whether a request is in flight, or a response has not yet reached the kernel."""

@@ -50,7 +50,7 @@ def one_of(*choices: str) -> Accepted:
 
 def _is_base_url(url: URL) -> bool:
     more = url.query_string or url.fragment or "@" in url.raw_authority
-    return url.scheme in ("http", "https") and bool(url.host) and not more
+    return url.scheme in ("http", "https") and _is_host(url.host or "") and url.port != 0 and not more
 
 
 def _is_readable_file(text: str) -> bool:

@@ -77,11 +77,13 @@ async def add(request: web.Request) -> web.StreamResponse:
     key = requests.header(request, "Idempotency-Key", KEY)
     try:
         async with request.app[DATABASE].transaction() as transaction:
-            rows = await transaction.execute(ADD, new.customer, new.item, new.quantity, key)
-            if rows:
-                await transaction.execute(TAKE, new.quantity, new.item)
-            else:
-                rows = await transaction.execute(ADDED, key)
+            rows: list[database.Row] = []
+            while not rows:  # if the key's order is deleted between the two, the key is free
+                rows = await transaction.execute(ADD, new.customer, new.item, new.quantity, key)
+                if rows:
+                    await transaction.execute(TAKE, new.quantity, new.item)
+                else:
+                    rows = await transaction.execute(ADDED, key)
     except errors.ForeignKeyViolation:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "There is no such `$.item`.", kind="unknown-item") from None
     except errors.CheckViolation:

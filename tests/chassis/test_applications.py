@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 from conftest import Serve, Start
 from kit import reserve_port
@@ -60,6 +60,8 @@ async def header(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise
     response.headers["X-Added"] = "yes"
     response.headers["Cache-Control"] = "private"
+    response.headers["Date"] = "Sun, 06 Nov 1994 08:49:37 GMT"
+    response.headers["X-Request-ID"] = "another"
     response.set_cookie("seen", "1")
     return response
 
@@ -94,8 +96,25 @@ async def test_what_a_middleware_adds_reaches_the_client(
     assert (answer.status, answer.headers["X-Added"]) == (status, "yes")
     assert answer.headers["Set-Cookie"].startswith("seen=1")
     assert answer.headers.getall("Cache-Control") == [caching]
-    assert answer.request_id
-    assert len(answer.headers.getall("X-Request-ID")) == 1
+    assert len(answer.headers.getall("Date")) == 1
+    (request_id,) = answer.headers.getall("X-Request-ID")
+    assert request_id not in ("", "another")  # the log has it
+
+
+async def test_a_middleware_may_take_the_content_away(serve: Serve, extended: web.Application) -> None:
+    """With the status 204, nothing follows the header fields that the next answer could be taken for."""
+
+    @web.middleware
+    async def empty(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        response.set_status(204)
+        return response
+
+    extended.middlewares.append(empty)
+    raw = await exchange(await serve(extended), b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    head, _, content = raw.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 204 ")
+    assert (b"\r\nContent-Length:" in head, content) == (False, b"")
 
 
 async def test_other_methods_and_parameters_work(serve: Serve, extended: web.Application) -> None:
@@ -222,6 +241,72 @@ async def test_a_streamed_response_is_like_any_other(serve: Serve, extended: web
         head = (await client.reader.readuntil(b"\r\n\r\n")).decode()
     assert "\r\nX-Request-ID: " in head
     assert "aiohttp" not in head
+
+
+@pytest.mark.parametrize("error", [RuntimeError("halfway"), web.HTTPFound("/"), web.HTTPConflict()], ids=repr)
+async def test_a_response_that_breaks_off_ends_its_connection(
+    serve: Serve, extended: web.Application, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No second response follows in its place, which a client would take for the rest of the first."""
+
+    async def breaks(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.content_length = 1000
+        await response.prepare(request)
+        await response.write(b"begun")
+        raise error
+
+    extended.add_routes([web.get("/breaks", breaks)])
+    raw = await exchange(await serve(extended), b"GET /breaks HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+    assert raw.count(b"HTTP/1.1 ") == 1
+    assert raw.endswith(b"\r\n\r\nbegun")
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["request failed"]
+
+
+async def test_what_waits_is_told_of_the_end(extended: web.Application) -> None:
+    """`on_shutdown` comes before the waiting: WebSockets that it closes end properly, and do not hold up the end."""
+    sockets: list[web.WebSocketResponse] = []
+    told: list[None] = []
+
+    async def listens(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        sockets.append(socket)
+        async for _ in socket:
+            pass
+        return socket
+
+    async def tell(_app: web.Application) -> None:
+        told.append(None)
+        for socket in sockets:
+            await socket.close(code=WSCloseCode.GOING_AWAY)
+
+    extended.add_routes([web.get("/socket", listens)])
+    extended.on_shutdown.append(tell)
+    async with Server(extended) as served, ClientSession() as session:
+        acceptor = await asyncio.get_running_loop().create_server(served, "127.0.0.1", 0)
+        port = acceptor.sockets[0].getsockname()[1]
+        async with session.ws_connect(f"http://127.0.0.1:{port}/socket") as client:
+            acceptor.close()
+            finish = asyncio.create_task(served.finish(asyncio.Event(), 600))
+            message = await client.receive(timeout=10)
+            assert (message.type, message.data) == (WSMsgType.CLOSE, WSCloseCode.GOING_AWAY)
+            await asyncio.wait_for(finish, 10)
+    assert len(told) == 1
+
+
+async def test_a_sub_applications_readiness_is_the_servers(extended: web.Application) -> None:
+    """Wherever `/readyz` is mounted, it says 503 while the server drains."""
+    inner = web.Application()
+    inner.add_routes([web.get("/readyz", server.ready)])
+    extended.add_subapp("/inner/", inner)
+    async with Server(extended) as served:
+        acceptor = await asyncio.get_running_loop().create_server(served, "127.0.0.1", 0)
+        async with connection(f"http://127.0.0.1:{acceptor.sockets[0].getsockname()[1]}") as client:
+            assert (await client.get("/inner/readyz")).status == 200
+            served.draining.set()
+            assert (await client.get("/inner/readyz")).status == 503
+            acceptor.close()
 
 
 async def test_signals_are_sent(serve: Serve, extended: web.Application) -> None:

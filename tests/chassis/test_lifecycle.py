@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 import time
 
@@ -215,6 +216,26 @@ async def test_a_port_in_use_is_one_line() -> None:
         ended = await asyncio.to_thread(run, "-m", PAIR.gateway, PORT=port)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert str(port) in ended.stderr
+
+
+async def test_an_application_that_cannot_start_is_logged() -> None:
+    """As a line like any other, with the exit status 1."""
+    program = """
+from aiohttp import web
+from chassis import lifecycle
+async def fails(app):
+    raise RuntimeError("no such thing")
+    yield
+def application(options):
+    app = web.Application()
+    app.cleanup_ctx.append(fails)
+    return app
+lifecycle.main("any", "", lifecycle.Settings, application)
+"""
+    ended = await asyncio.to_thread(run, "-c", program)
+    (line,) = ended.stderr.splitlines()
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert json.loads(line)["cause"] == "RuntimeError: no such thing"
 
 
 @pytest.mark.skipif(not isinstance(PAIR.sample, str), reason="this application serves no long texts")

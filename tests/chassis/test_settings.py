@@ -26,7 +26,16 @@ WRONG = {
     "SHUTDOWN_SECONDS": ["-1", "inf", "1e9"],
 }
 WRONG_GATEWAY = WRONG | {
-    "DOWNSTREAM_URL": ["nonsense", "ftp://host", "http://", "http://host:port", "http://h?q=1", "//host"],
+    "DOWNSTREAM_URL": [
+        "nonsense",
+        "ftp://host",
+        "http://",
+        "http://host:port",
+        "http://h?q=1",
+        "//host",
+        "http://a..b",
+        "http://h:0",
+    ],
     "DOWNSTREAM_TIMEOUT": ["0", "-1", "nan", "long"],
 }
 WRONG_SERVICE = WRONG | {

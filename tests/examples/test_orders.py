@@ -105,6 +105,29 @@ async def test_a_key_gives_one_order(orders: Orders, each: Server) -> None:
         assert (refused.status, "Idempotency-Key" in refused.json()["detail"]) == (422, True), wrong
 
 
+SLOW_INSERTS = """
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END';
+CREATE TRIGGER slow AFTER INSERT ON orders FOR EACH STATEMENT EXECUTE FUNCTION wait()
+"""
+
+
+async def test_a_key_is_free_when_its_order_is_deleted(orders: Orders) -> None:
+    """Even while a repeat is looking for that order: it makes a new one."""
+    first = await orders.order(Idempotency_Key="a")
+    orders.database.sql(SLOW_INSERTS)
+    try:
+        repeat = asyncio.create_task(orders.order(Idempotency_Key="a"))
+        sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        await eventually(lambda: bool(orders.database.sql(sleeping)))
+        assert (await orders.ask("DELETE", first.headers["Location"])).status == 204
+        again = await repeat
+    finally:
+        orders.database.sql("DROP FUNCTION wait CASCADE")
+    assert again.status == 201
+    assert again.json()["id"] != first.json()["id"]
+    assert (await orders.ask("GET", "/api/stock/tea")).json()["quantity"] == 1000 - 2
+
+
 async def test_a_list_comes_in_pages(orders: Orders) -> None:
     """Each order once, in the order of the ids; only a customer's if one is named."""
     for quantity in range(1, 6):
