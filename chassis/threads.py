@@ -46,14 +46,9 @@ class Resolver(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         """Return the addresses of `host` in order of preference (RFC 6724). Raises `OSError`."""
-        options = (host, port, family, socket.SOCK_STREAM)
-        flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-        try:
-            found = socket.getaddrinfo(*options, flags=flags)
-        except socket.gaierror:  # it is a name; an address needs no thread
-            found = await call(socket.getaddrinfo, *options)
+        found = await call(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
         return [
-            ResolveResult(hostname=host, host=str(address[0]), port=port, family=family, proto=protocol, flags=flags)
+            ResolveResult(hostname=host, host=str(address[0]), port=port, family=family, proto=protocol, flags=0)
             for family, _, protocol, _, address in found
         ]
 
