@@ -24,7 +24,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from chassis import logs, metrics, settings, threads
-from chassis.coalescing import Coalescer, RunTimeoutError
+from chassis.coalescing import Coalescer
 from chassis.responses import (
     BAD_DOWNSTREAM,
     OUTCOME_UNKNOWN,
@@ -200,7 +200,7 @@ class Service:
         run = functools.partial(self._exchange, self._reads, request, method, path, read, query)
         try:
             return await self._coalescer(key, run, match_info.route)
-        except RunTimeoutError as error:
+        except TimeoutError as error:
             raise problem_of_failure(self._part, error) from error
         except Problem as problem:
             raise problem.copy() from problem.__cause__

@@ -25,7 +25,7 @@ What a `Coalescer` guarantees, for each key, which is what callers ask for:
 - Repeats: after a failure, callers whom no run in flight can answer get another run, 10, 20, 40 … ms later.
 - Trouble: company and repeats come only in the first `TROUBLE_WINDOW` seconds without an answer, and answered runs pay
   for repeats, so that neither a long outage nor a partial one causes many more runs than there would be without them.
-- Time: each caller waits at most `timeout` seconds, counted from its question. Then it gets `RunTimeoutError`.
+- Time: each caller waits at most `timeout` seconds, counted from its question. Then it gets `TimeoutError`.
 - Cancellation: a caller that gives up disturbs nobody; when none is left, the runs are cancelled.
 - Memory: a key that nobody waits for is forgotten within `LONGEST_WAIT`.
 
@@ -73,10 +73,6 @@ Result = TypeVar("Result")
 Function = Callable[[], Awaitable[Any]]
 Observe = Callable[[Hashable, int, str, str, Exception | None], None]
 _Place = tuple[int, Callable[[], None]]  # in a line: its number, and what to call when the turn comes
-
-
-class RunTimeoutError(TimeoutError):
-    """A caller's time is up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -214,7 +210,7 @@ class Coalescer:
     async def __call__(self, key: Hashable, function: Callable[[], Awaitable[Result]], kind: Hashable = None) -> Result:
         """Return what `function`, or that of another caller with this key, returns in a run that starts after now.
 
-        Raises what it raises, and `RunTimeoutError` when `timeout` seconds have passed. Cancelling is safe at any time.
+        Raises what it raises, and `TimeoutError` when `timeout` seconds have passed. Cancelling is safe at any time.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -341,7 +337,7 @@ class Coalescer:
         while callers and (callers[0].future.done() or callers[0].deadline <= now):
             caller = callers.popleft()
             if not caller.future.done():
-                caller.future.set_exception(RunTimeoutError("no answer in time"))
+                caller.future.set_exception(TimeoutError("no answer in time"))
                 timed_out = True
         while callers and callers[-1].future.done():
             callers.pop()

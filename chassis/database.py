@@ -28,7 +28,7 @@ from psycopg2.extensions import QueryCanceledError, TransactionRollbackError, ma
 from psycopg2.extensions import connection as psycopg2_connection
 
 from chassis import logs, metrics, settings, threads
-from chassis.coalescing import Coalescer, RunTimeoutError
+from chassis.coalescing import Coalescer
 from chassis.responses import Problem, invalid, problem_of_failure
 from chassis.settings import setting
 
@@ -197,7 +197,7 @@ class Database:
 
         try:
             return await self._coalescer(key, run, statement)
-        except RunTimeoutError as error:
+        except TimeoutError as error:
             raise problem_of_failure(PART, error) from error
         except Problem as problem:
             raise problem.copy() from problem.__cause__

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.loops import JumpingLoop
 
-from chassis.coalescing import Coalescer, RunTimeoutError
+from chassis.coalescing import Coalescer
 
 # The promised times, in seconds, whatever the module's constants are.
 ADDED_DELAY = 0.005
@@ -193,7 +193,7 @@ class World:
         except asyncio.CancelledError:
             self._expect(caller.cancelled, "cancelled by nobody")
             raise
-        except RunTimeoutError:
+        except TimeoutError:
             self._expect(self.loop.time() > caller.arrived_at + self.timeout - MOMENT, "timed out too early")
             raise
         except Exception as error:
@@ -711,7 +711,7 @@ def test_each_caller_has_its_own_time_limit(world: World) -> None:
         world.sleep(2 - 3 * MOMENT if number == 0 else 1 - 3 * MOMENT)
         assert not callers[number].task.done()
         world.sleep(3 * MOMENT)
-        assert isinstance(outcome(callers[number]), RunTimeoutError)
+        assert isinstance(outcome(callers[number]), TimeoutError)
     world.answer(world.runs[2])
     world.settle()
     assert outcome(callers[2]) is world.runs[2]
@@ -790,7 +790,7 @@ def test_a_batch_is_dropped_when_the_last_ones_time_is_up(loop: ManualLoop) -> N
     (late,) = world.arrived()
     world.cancel(late)
     world.sleep(4)
-    assert isinstance(outcome(early), RunTimeoutError)
+    assert isinstance(outcome(early), TimeoutError)
     assert len(world.runs) == 1
     world.finish()
 
@@ -1214,7 +1214,7 @@ def put_load(
                 load.keys.add(key)
                 try:
                     await coalescer(key, functools.partial(run, key))
-                except (Failure, RunTimeoutError) as error:
+                except (Failure, TimeoutError) as error:
                     load.errors.append(error)
                 load.slowest = max(load.slowest, loop.time() - asked_at)
 
