@@ -116,9 +116,7 @@ class _Kind:
     repeats_left: float  # apart from those that are planned
     taken: int = 0  # turns
     line: OrderedDict[object, _Place] = field(default_factory=OrderedDict)  # who waits for a turn
-    runs: list[_Run] = field(
-        default_factory=list
-    )  # in the order of their starts, including cancelled ones that have not ended yet
+    runs: list[_Run] = field(default_factory=list)  # by their starts; cancelled ones, too, until they have ended
     answered_at: float = -math.inf
     answered_start: float = -math.inf  # when the newest of the answered runs started
     trouble_since: float = math.inf  # the first failure or late run after the last answer
