@@ -72,8 +72,6 @@ class Connections:
 class Connection(web.RequestHandler):
     """One of them. It answers with a problem what the parser refuses, by means of `refuse`."""
 
-    __slots__ = ("_connections", "_late", "_refuse", "_stuck", "_too_long", "body", "head_bytes", "in_flight")
-
     def __init__(
         self,
         manager: web.Server,
@@ -95,6 +93,7 @@ class Connection(web.RequestHandler):
         self._refuse = refuse
         self.in_flight = False  # from the moment when aiohttp takes a request from its queue until the response is sent
         self.head_bytes = 0  # received of an unfinished head
+        self.came_alone = True  # the last request: in one piece, with nothing else in it
         self.body: StreamReader = EMPTY_PAYLOAD  # of the last request that aiohttp has taken from its queue
         self._too_long = False
         self._late: asyncio.TimerHandle | None = None
@@ -129,10 +128,10 @@ class Connection(web.RequestHandler):
             return
         if not (self.head_bytes or self._messages) and 0 <= data.find(_END) == len(data) - _END_SIZE < MAX_HEAD:
             # One request, as most come. Nothing follows it, so reading goes on: pausing would take two system calls.
-            self._max_msg_queue_size = 2
+            self.came_alone, self._max_msg_queue_size = True, 2
             super().data_received(data)
             return
-        self._max_msg_queue_size = 1
+        self.came_alone, self._max_msg_queue_size = False, 1
         room = max(0, MAX_HEAD - self.head_bytes)
         self._feed(data[:room])
         if len(data) <= room:

@@ -120,6 +120,15 @@ async def test_an_offer_of_another_protocol_costs_no_connection(system: System) 
             assert (answer.status, answer.headers.get("Connection", "keep-alive")) == (200, "keep-alive")
 
 
+async def test_what_follows_an_offer_is_not_left_waiting(system: System) -> None:
+    """The connection of such an offer is closed if more has come with it: the client can send that again."""
+    offer = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    for sent in (offer + GET + b"\r\n", GET[:-19] + b"\r\n" + offer + GET + b"\r\n"):
+        raw = await exchange(system.gateway.url, sent)
+        before, _, last = raw.rpartition(b"HTTP/1.1 200 OK")
+        assert (before.count(b"Connection: close"), last.count(b"Connection: close")) == (0, 1)
+
+
 async def test_no_answer_names_the_software(system: System) -> None:
     """Neither its name nor its version."""
     for path in ("/healthz", "/readyz", PAIR.read_path, "/nowhere"):
