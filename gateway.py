@@ -19,8 +19,7 @@ from chassis.responses import Representation, RepresentationResponse, json_repre
 from chassis.settings import setting
 
 SERVICE = web.AppKey("service", client.Service)
-PAGE = web.AppKey("page", Representation)
-DESCRIPTION = web.AppKey("description", Representation)
+DESCRIPTION = Representation("application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +45,33 @@ def read_message(answer: client.Answer) -> Representation:
 
 async def page(request: web.Request) -> web.StreamResponse:
     """`GET /`: a page that shows the system at work."""
-    return RepresentationResponse(request, request.app[PAGE])
+    return RepresentationResponse(request, PAGE)
 
 
 async def description(request: web.Request) -> web.StreamResponse:
     """`GET /openapi.yaml`: the description of this API."""
-    return RepresentationResponse(request, request.app[DESCRIPTION])
+    return RepresentationResponse(request, DESCRIPTION)
 
 
 def make_page() -> Representation:
-    """index.html, with header fields that keep anything else out of it. Raises `OSError`."""
+    """index.html; it may use only its own inline script and style, by hash, and requests to its own origin."""
     page = Path(__file__).with_name("index.html").read_text("utf-8").encode()  # without CR, as browsers hash it
-    policy = content_security_policy(page)
-    return Representation(
-        "text/html; charset=utf-8", page, {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-    )
-
-
-def content_security_policy(page: bytes) -> str:
-    """Allow only the page's own inline script and style, by hash, and requests to its own origin."""
     allowed = {b"script": "", b"style": ""}
     for element, content in re.findall(rb"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         allowed[element] += f" 'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
-    return (
+    policy = (
         f"default-src 'none'; script-src{allowed[b'script']}; style-src{allowed[b'style']}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return Representation("text/html; charset=utf-8", page, headers)
+
+
+PAGE = make_page()
 
 
 def application(options: Settings) -> web.Application:
     app = web.Application()
-    app[PAGE] = make_page()
-    app[DESCRIPTION] = Representation("application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
 
     async def service(app: web.Application) -> AsyncIterator[None]:
         async with client.Service("message_service", options, f"gateway/{server.VERSION}") as app[SERVICE]:

@@ -19,7 +19,7 @@ from chassis.responses import Representation, RepresentationResponse, json_repre
 from chassis.settings import setting
 
 SERVICE = web.AppKey("service", client.Service)
-DESCRIPTION = web.AppKey("description", Representation)
+DESCRIPTION = Representation("application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
 ID = "{id:[1-9][0-9]{0,17}}"  # in a path
 KEY = "[!-~]{1,200}"  # an Idempotency-Key: printable, without spaces
 
@@ -115,12 +115,11 @@ def read_stock(answer: client.Answer) -> Representation:
 
 async def description(request: web.Request) -> web.StreamResponse:
     """`GET /openapi.yaml`: the description of this API."""
-    return RepresentationResponse(request, request.app[DESCRIPTION])
+    return RepresentationResponse(request, DESCRIPTION)
 
 
 def application(options: Settings) -> web.Application:
     app = web.Application()
-    app[DESCRIPTION] = Representation("application/yaml", Path(__file__).with_name("openapi.yaml").read_bytes())
 
     async def service(app: web.Application) -> AsyncIterator[None]:
         async with client.Service("order_service", options, f"orders/{server.VERSION}") as app[SERVICE]:
