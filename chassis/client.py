@@ -9,7 +9,6 @@ tests/chassis/test_client.py.
 import asyncio
 import dataclasses
 import functools
-import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
@@ -235,8 +234,6 @@ class Service:
             raise problem from error
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        if (response.content_length or math.inf) <= MAX_BODY:
-            return await response.read()
         body = bytearray()
         async for chunk in response.content.iter_any():
             body += chunk
@@ -343,7 +340,6 @@ def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
-    made.setblocking(False)
     for level, name, value in TCP_OPTIONS:
         if hasattr(socket, name):  # not every system has all of them
             made.setsockopt(level, getattr(socket, name), value)

@@ -208,7 +208,7 @@ def invalid(detail: str) -> Problem:
 
 def bad_downstream(part: str, cause: str) -> Problem:
     """502: a service broke its contract."""
-    detail = f"The {_name(part)} sent an answer that makes no sense."
+    detail = f"The {part.replace('_', ' ')} sent an answer that makes no sense."
     return Problem(HTTPStatus.BAD_GATEWAY, detail, kind=BAD_DOWNSTREAM, part=part, cause=cause)
 
 
@@ -229,20 +229,17 @@ def problem_of_failure(
     else:
         cause = logs.describe(error)
         late = isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno == errno.ETIMEDOUT)
+    name = part.replace("_", " ")
     if outcome_unknown:
-        detail = f"The {_name(part)} gave no answer: it may have carried this out. Look before you try again."
+        detail = f"The {name} gave no answer: it may have carried this out. Look before you try again."
         status = HTTPStatus.GATEWAY_TIMEOUT if late else HTTPStatus.BAD_GATEWAY
         return Problem(status, detail, kind=OUTCOME_UNKNOWN, part=part, cause=cause)
     if late and not is_write:
-        detail = f"The {_name(part)} did not answer in time."
+        detail = f"The {name} did not answer in time."
         return Problem(HTTPStatus.GATEWAY_TIMEOUT, detail, kind=TIMEOUT, part=part, cause=cause)
-    detail = f"The {_name(part)} is not available."
+    detail = f"The {name} is not available."
     headers = {"Retry-After": "1"}
     return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, kind=UNAVAILABLE, headers=headers, part=part, cause=cause)
-
-
-def _name(part: str) -> str:
-    return part.replace("_", " ")
 
 
 def problem_of(error: web.HTTPException) -> Problem:
