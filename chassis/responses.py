@@ -89,21 +89,20 @@ class RepresentationResponse(web.StreamResponse):
     representation's own.
     """
 
-    def __init__(self, request: web.BaseRequest, representation: Representation, *, routed: bool = True) -> None:
-        """`routed`: an application handled the request, so its signals must see this response."""
+    def __init__(self, request: web.BaseRequest, representation: Representation) -> None:
         status, sent = representation.status, request.headers
         if hdrs.IF_NONE_MATCH in sent and representation.etag and representation.is_known(sent.getall("If-None-Match")):
             status = HTTPStatus.NOT_MODIFIED
         super().__init__(status=status)
         self._representation = representation
-        self._routed = routed
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send it. Raises ConnectionResetError if the client has left, ValueError for a field with a line break."""
         if self._eof_sent:  # aiohttp's own mark
             return request.writer
-        if self._routed:
-            for app in request.match_info.apps:  # type: ignore[attr-defined]  # an application's are `web.Request`
+        # aiohttp's own mark, too: None if no application was asked. If one was, its signals must see this response.
+        if (match_info := request._match_info) is not None:  # type: ignore[attr-defined]  # it is a `web.Request`
+            for app in match_info.apps:
                 for receiver in app.on_response_prepare:
                     await receiver(request, self)
         self._keep_alive = self._keep_alive is not False and request.keep_alive

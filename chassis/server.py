@@ -52,6 +52,7 @@ _ALIVE = Representation("application/json", b'{"status": "alive"}')
 _X_REQUEST_ID = istr("X-Request-ID")  # multidict would put a `str` into lower case for each search
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 _HOST = re.compile(r"(?:[\w.~!$&'()*+,;=%-]*+|\[[\w.~!$&'()*+,;=:-]++\])(?::\d*+)?", re.ASCII)  # RFC 3986, 3.2.2
+_is_host = functools.lru_cache(maxsize=100)(_HOST.fullmatch)  # most requests name the same
 _NO_HOST = CIMultiDictProxy(CIMultiDict({hdrs.HOST: "//"}))  # for a target whose host is none
 
 
@@ -95,7 +96,7 @@ class Server(web.Server):
 
     def __init__(self, app: web.Application, access_log: str = "errors", max_connections: int = 1000) -> None:
         # Cancels a handler when its client leaves, since nobody then waits for the response.
-        super().__init__(self._respond, handler_cancellation=True)
+        super().__init__(self._respond, request_factory=self._make_safely, handler_cancellation=True)
         self.draining = app[DRAINING] = asyncio.Event()
         app.on_response_prepare.append(self._complete)
         self._app = app
@@ -112,7 +113,6 @@ class Server(web.Server):
         assert inner is not None  # noqa: S101  # set up above
         self._handle = inner.request_handler
         self._make = inner.request_factory
-        self.request_factory = self._make_safely
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -148,40 +148,25 @@ class Server(web.Server):
             return self.refuse(request, refusal)
         sent_id = request.headers.get(_X_REQUEST_ID)
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
+        problem = None
         try:
-            response, problem = await self._handle(request), None
+            response = await self._handle(request)
         except Exception as error:
             if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
                 return web.Response()  # the client has left: aiohttp notices when it sends, and says nothing
-            response, problem = self._explain(request, error)
             if request.writer.output_size:  # a response has begun, and nothing else may follow it on its connection
-                seconds = time.perf_counter() - started
-                self._account(request, HTTPStatus.INTERNAL_SERVER_ERROR, mistake(error), seconds)
+                self._account(request, HTTPStatus.INTERNAL_SERVER_ERROR, mistake(error), started)
                 raise ConnectionError("the response cannot be finished") from error
-            if isinstance(response, web.HTTPException):
-                self._account(request, response.status, problem, time.perf_counter() - started)
-                raise response from error
-        self._account(request, response.status, problem, time.perf_counter() - started)
+            if isinstance(error, web.HTTPException) and error.status < HTTPStatus.BAD_REQUEST:
+                self._account(request, error.status, None, started)
+                raise
+            if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
+                response = web.Response(status=HTTPStatus.NO_CONTENT, headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]})
+            else:
+                problem = problem_of(error) if isinstance(error, web.HTTPException) else mistake(error)
+                response = self._problem_response(request, problem)
+        self._account(request, response.status, problem, started)
         return response
-
-    def _explain(self, request: web.BaseRequest, error: Exception) -> tuple[web.StreamResponse, Problem | None]:
-        """The response for what the application has raised, and the problem if it is one."""
-        if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
-            return web.HTTPNoContent(headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]}), None
-        if isinstance(error, web.HTTPException) and error.status < HTTPStatus.BAD_REQUEST:
-            return error, None
-        problem = problem_of(error) if isinstance(error, web.HTTPException) else mistake(error)
-        return self._problem_response(request, problem), problem
-
-    def _account(self, request: web.BaseRequest, status: int, problem: Problem | None, seconds: float) -> None:
-        """Count a request, and log it if it is to be logged."""
-        resource = request.match_info.route.resource  # type: ignore[attr-defined]  # the application's are `web.Request`
-        route = resource.canonical if resource else None
-        metrics.observe_request(request.method, route, status, seconds)
-        # The start of the drain is logged already, so probes that see it are not.
-        expected = problem and problem.kind == "not-ready" and self.draining.is_set()
-        if (problem and not expected) or self._access_log == "all":
-            self._log(request, route, status, seconds, problem)
 
     async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
         """Called before a response is sent (signal `on_response_prepare`), whether or not its handler sends it."""
@@ -194,29 +179,32 @@ class Server(web.Server):
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
         """The response if the application was not asked, or its own response could not be sent."""
         request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
-        metrics.observe_request("_OTHER", None, problem.status, 0)
-        self._log(request, None, problem.status, 0, problem)
-        response = self._problem_response(request, problem, routed=False)
+        self._account(request, problem.status, problem, time.perf_counter())
+        response = self._problem_response(request, problem)
         response.force_close()
         return response
 
-    def _problem_response(
-        self, request: web.BaseRequest, problem: Problem, *, routed: bool = True
-    ) -> RepresentationResponse:
-        response = RepresentationResponse(request, problem.representation(request[REQUEST_ID]), routed=routed)
+    def _problem_response(self, request: web.BaseRequest, problem: Problem) -> RepresentationResponse:
+        response = RepresentationResponse(request, problem.representation(request[REQUEST_ID]))
         for name, value in problem.headers.items():  # such as Allow, and fields that middlewares have added
             if name not in (hdrs.CONTENT_TYPE, hdrs.CONTENT_LENGTH):
                 response.headers.add(name, value)
         response.cookies.update(problem.cookies)
         return response
 
-    def _log(
-        self, request: web.BaseRequest, route: str | None, status: int, seconds: float, problem: Problem | None
-    ) -> None:
-        """Write one line: always for our own failures (5xx), for other responses according to ACCESS_LOG."""
+    def _account(self, request: web.BaseRequest, status: int, problem: Problem | None, started: float) -> None:
+        """Count a request. Log our own failures (5xx) always, others according to ACCESS_LOG."""
+        seconds = time.perf_counter() - started
+        match_info = request._match_info  # type: ignore[attr-defined]  # aiohttp's own: None if no application was asked
+        resource = None if match_info is None else match_info.route.resource
+        route = resource.canonical if resource else None
+        metrics.observe_request(request.method, route, status, seconds)
+        if self._access_log != "all":
+            if not problem or (problem.kind == "not-ready" and self.draining.is_set()):
+                return  # the start of the drain is logged already, so probes that see it are not
+            if self._access_log == "off" and status < HTTPStatus.INTERNAL_SERVER_ERROR:
+                return
         ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        if self._access_log == "off" and not ours:
-            return
         level, message = (logging.ERROR if ours else logging.INFO), "request failed" if problem else "request"
         fields: dict[str, Any] = {
             "request_id": request[REQUEST_ID],
@@ -267,11 +255,6 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
-
-
-@functools.lru_cache(maxsize=100)  # most requests name the same
-def _is_host(text: str) -> bool:
-    return _HOST.fullmatch(text) is not None
 
 
 def _refusal(request: web.BaseRequest) -> Problem | None:
