@@ -112,6 +112,11 @@ class Connection(web.RequestHandler):
             if timer:
                 timer.cancel()
 
+    @property
+    def upgraded(self) -> bool:
+        """Whether what comes next is not HTTP, unless the upgrade is declined."""
+        return self._upgraded
+
     def abort(self) -> None:
         """Close it at once: what the client has not taken is not kept for it, neither here nor in the kernel."""
         self._connections.closed(self)

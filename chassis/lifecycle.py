@@ -131,13 +131,14 @@ def accept_connections(listener: socket.socket, server: Server) -> None:
 
 
 def allow_connections(max_files: int) -> int:
-    """Set this process's limit on open files, as far as the system allows. Return how many connections it allows.
+    """Raise this process's limit on open files, as far as the system allows. Return how many connections it allows.
 
     The usual soft limit, 1024, exists for programs that call `select`.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = max_files if hard == resource.RLIM_INFINITY else min(max_files, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return files - min(SPARE_FILES, files // 2)
 
 

@@ -128,9 +128,12 @@ class Server(web.Server):
         """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
         connection.in_flight, connection.body = True, body
         if message.upgrade:
-            if not connection.came_alone:  # aiohttp loses what has come behind a declined upgrade
-                message = message._replace(should_close=True)
+            came_alone = connection.came_alone
             connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
+            if not (
+                came_alone or connection.upgraded
+            ):  # it loses what has come behind an upgrade that it does not know
+                message = message._replace(should_close=True)
         if message.chunked and message.version < HttpVersion11:  # RFC 9112, 6.1
             message = message._replace(should_close=True)
         if not message.url.raw_path and message.method != hdrs.METH_CONNECT:  # `http://host` has the path `/`
