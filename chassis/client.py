@@ -170,7 +170,7 @@ class Service:
         have been.
         """
         if method in READS:
-            return await self._read(object(), request, method, path, read, query)
+            return await self._read(object(), request, method, path, read, query, **options)
         _refuse_slashes(request.match_info)
         kind, sent = request.match_info.route, asyncio.Event()
         options["trace_request_ctx"] = sent
@@ -191,12 +191,19 @@ class Service:
         return result
 
     async def _read(
-        self, key: Hashable, request: web.Request, method: str, path: str, read: Read[T], query: Fields
+        self,
+        key: Hashable,
+        request: web.Request,
+        method: str,
+        path: str,
+        read: Read[T],
+        query: Fields,
+        **options: Any,
     ) -> T:
         match_info = request.match_info
         if match_info:
             _refuse_slashes(match_info)
-        run = functools.partial(self._exchange, self._reads, request, method, path, read, query)
+        run = functools.partial(self._exchange, self._reads, request, method, path, read, query, **options)
         try:
             return await self._coalescer(key, run, match_info.route)
         except TimeoutError as error:

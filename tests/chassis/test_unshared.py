@@ -41,8 +41,9 @@ def read(answer: client.Answer) -> int:
 async def call(request: web.Request) -> web.Response:
     """Pass the request on with its method: `/call/{name}`."""
     path = f"things/{request.match_info['name']}/parts"
-    json = {"sent": "x" * 1000} if request.method in WRITES else None
-    options = {"json": json} if json else {}
+    options: dict[str, Any] = {"headers": {"X-Of-Its-Own": "sent"}}
+    if request.method in WRITES:
+        options["json"] = {"sent": "x" * 1000}
     return web.json_response(await request.app[SERVICE].call(request, request.method, path, read, **options))
 
 
@@ -107,6 +108,15 @@ async def test_an_answer_that_says_no_travels_as_it_is(behind: Behind, make_peer
         assert (answer.status, found["type"], found["detail"]) == (status, PROBLEM + "of-its-own", "The detail.")
         assert len(peer.requests) == number
     assert await failures(url) == before
+
+
+async def test_a_call_has_header_fields_of_its_own(behind: Behind, make_peer: MakePeer) -> None:
+    """Whether it reads or writes."""
+    peer = await make_peer(response('{"value": 1}'))
+    url = await behind(peer.url)
+    for method in ("GET", *WRITES):
+        assert (await ask(url, method)).body == b"1"
+        assert "\r\nX-Of-Its-Own: sent\r\n" in peer.requests[-1]
 
 
 async def reads_and_leaves(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
