@@ -474,9 +474,10 @@ class Coalescer:
         end = key.note_trouble(now) - FIRST_REPEAT
         at = min(now + FIRST_REPEAT + (now - kind.trouble_since), end)  # the time doubles while nothing is answered
         repeated = now < end and can_pay
-        for caller in key.callers:  # those for whom no repeat comes in time get the error
-            late = not repeated or caller.deadline <= at
-            if late and reach < caller.number <= run.reach and not caller.future.done():
+        for caller in key.callers:
+            if repeated and caller.deadline > at:  # a repeat comes in time for this one, and so for all behind it
+                break
+            if reach < caller.number <= run.reach and not caller.future.done():
                 caller.future.set_exception(error)
                 settled += 1
         if repeated and key.due is None and reach < run.reach:  # the run of a batch that waits is theirs, too

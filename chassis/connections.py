@@ -224,12 +224,7 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to a request that the parser refuses, or whose response cannot be sent.
-
-        Raises ConnectionError, which ends the connection, if a response has begun.
-        """
-        if request.writer.output_size:
-            raise ConnectionError("the response cannot be finished")
+        """The answer to a request that the parser refuses, or whose response cannot be sent."""
         self._parser = None  # which holds what it has read; the rest is not parsed
         # The parser's message may quote what the client sent, such as a password: all of it, or after a colon.
         cause = None if isinstance(exc, InvalidURLError) else (message or "").partition(":")[0][:100]

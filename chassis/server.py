@@ -159,7 +159,8 @@ class Server(web.Server):
                 return web.Response()  # the client has left: aiohttp notices when it sends, and says nothing
             if request.writer.output_size:  # a response has begun, and nothing else may follow it on its connection
                 self._account(request, HTTPStatus.INTERNAL_SERVER_ERROR, mistake(error), started)
-                raise ConnectionError("the response cannot be finished") from error
+                request.protocol.force_close()
+                return web.Response()
             if isinstance(error, web.HTTPException) and error.status < HTTPStatus.BAD_REQUEST:
                 self._account(request, error.status, None, started)
                 raise
@@ -241,10 +242,10 @@ class Server(web.Server):
         """
         deadline = time.monotonic() + timeout
         self.pre_shutdown()
-        told = asyncio.create_task(self._app.shutdown())
-        while not (told.done() and not self._busy()) and time.monotonic() < deadline and not hurry.is_set():
+        signal = asyncio.create_task(self._app.shutdown())
+        while (self._busy() or not signal.done()) and time.monotonic() < deadline and not hurry.is_set():
             await wait_for_event(hurry, 0.01)
-        told.cancel()
+        signal.cancel()
 
     def _busy(self) -> bool:
         """Whether a request is in flight, or a response has not yet reached the kernel."""

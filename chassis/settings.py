@@ -35,8 +35,14 @@ def _is_host(text: str) -> bool:
         return bool(_HOST_NAME.fullmatch(text.encode("idna").decode()))
 
 
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):  # `int` also takes signs, underscores and digits of other scripts
+        raise ValueError(text)
+    return int(text)
+
+
 def whole_number(low: int, high: int) -> Accepted:
-    return Accepted(f"a whole number from {low} to {high}", int, lambda number: low <= number <= high)
+    return Accepted(f"a whole number from {low} to {high}", _whole, lambda number: low <= number <= high)
 
 
 def seconds(*, zero: bool = False) -> Accepted:
@@ -48,8 +54,14 @@ def one_of(*choices: str) -> Accepted:
     return Accepted("one of " + ", ".join(choices), str, choices.__contains__)
 
 
+def _base_url(text: str) -> URL:
+    if "@" in text.partition("//")[2].partition("/")[0]:  # `URL` does not tell an empty user from none
+        raise ValueError(text)
+    return URL(text)
+
+
 def _is_base_url(url: URL) -> bool:
-    more = url.query_string or url.fragment or "@" in url.raw_authority
+    more = url.query_string or url.fragment
     return url.scheme in ("http", "https") and _is_host(url.host or "") and url.port != 0 and not more
 
 
@@ -61,7 +73,7 @@ PORT = dataclasses.replace(whole_number(0, 65535), expected="a port from 0 to 65
 PEER_PORT = dataclasses.replace(whole_number(1, 65535), expected="a port from 1 to 65535")
 TEXT = Accepted("printable UTF-8 text without white space at either end", str)
 HOST = Accepted("a host name or address without port, or a folder's path", str, _is_host)
-BASE_URL = Accepted("a URL such as http://host:8001, without user, query or fragment", URL, _is_base_url)
+BASE_URL = Accepted("a URL such as http://host:8001, without user, query or fragment", _base_url, _is_base_url)
 READABLE_FILE = Accepted("the path of a regular file that this process can read", str, _is_readable_file)
 
 

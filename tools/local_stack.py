@@ -7,6 +7,7 @@ in `.data`. If `DB_HOST` is set, the system uses that database. Tests: tests/dep
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from chassis import lifecycle
+from chassis import lifecycle, settings
 
 DATA = Path(__file__).parents[1] / ".data"
 HOST = os.environ.get("HOST") or "localhost"
@@ -38,8 +39,10 @@ def free_port(variable: str, default: int) -> int:
     try:
         with lifecycle.listen(os.environ.get("HOST", ""), int(port)) as listener:
             return int(listener.getsockname()[1])
-    except (OSError, ValueError, OverflowError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+    except (ValueError, OverflowError):
+        sys.exit(f"{variable}: {port!r} is not {settings.PORT.expected}")
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
         sys.exit(f"cannot listen on port {port}: {reason}; set {variable} to another port")
 
 
@@ -88,8 +91,12 @@ def run(*command: Any, **options: Any) -> None:
 def database() -> Iterator[None]:
     """A PostgreSQL that runs inside this context; the environment gets its settings."""
     print("starting PostgreSQL")
-    packages = Path(sysconfig.get_path("platlib"))
+    name, packages = os.environ.get("DB_NAME") or "mydb", Path(sysconfig.get_path("platlib"))
     DATA.mkdir(exist_ok=True)
+    try:
+        fcntl.flock(os.open(DATA, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        sys.exit("another `make run` uses the data in .data")
     # Not in TMPDIR: the path of a socket has 103 characters at most, and every user has to reach it.
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         data, user = str(DATA), None
@@ -105,11 +112,11 @@ def database() -> Iterator[None]:
         if not (DATA / "PG_VERSION").exists():
             run(programs / "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "-D", data, **options)
         postgres, arguments = programs / "postgres", ["-D", data, "-c", "log_min_messages=fatal"]
-        create = b"CREATE DATABASE mydb"  # fails if it exists
+        create = 'CREATE DATABASE "{}"'.format(name.replace('"', '""')).encode()  # fails if it exists
         subprocess.run([postgres, "--single", *arguments, "postgres"], input=create, check=False, **options)
         with running(postgres, *arguments, "-h", "", "-k", folder, end=signal.SIGINT, **options) as server:
             wait_until(Path(folder, ".s.PGSQL.5432").exists, server)
-            os.environ.update(DB_HOST=folder, DB_PORT="5432", DB_NAME="mydb", DB_USER="postgres", DB_OWNER="")
+            os.environ.update(DB_HOST=folder, DB_PORT="5432", DB_NAME=name, DB_USER="postgres", DB_OWNER="")
             yield
 
 

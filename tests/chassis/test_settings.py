@@ -18,7 +18,7 @@ from chassis import settings
 
 WRONG = {
     "HOST": ["0.0.0.0\n", "e\x7f", "any\tone"],
-    "PORT": ["x", "-1", "65536", "1.5", "80 "],
+    "PORT": ["x", "-1", "65536", "1.5", "80 ", "80_00", "+80"],
     "LOG_LEVEL": ["loud"],
     "LOG_FORMAT": ["xml"],
     "ACCESS_LOG": ["some"],
@@ -40,7 +40,7 @@ WRONG_GATEWAY = WRONG | {
 }
 WRONG_SERVICE = WRONG | {
     "DB_HOST": ["db\n", "db:5432", "[::1]", '"db"', "http://db", "a,b", "a..b"],
-    "DB_PORT": ["x", "65536", "0", "5432 "],
+    "DB_PORT": ["x", "65536", "0", "54_32", "5432 ", "\u0665"],
     "DB_NAME": ["a\nb", "name ", "\x7f"],
     "DB_USER": ["me\n", "\tme", " "],
     "DB_OWNER": ["me\n", "\x85me"],
@@ -93,9 +93,9 @@ def test_a_secret_that_is_wrong_is_hidden(wrong: dict[str, Any]) -> None:
     assert "Pa55" not in ended.stderr
 
 
-@pytest.mark.parametrize("user", ["me@", "me:Pa55@", ":Pa55@", ":@"])
+@pytest.mark.parametrize("user", ["me@", "me:Pa55@", ":Pa55@", ":@", "@"])
 def test_a_url_with_a_user_is_wrong(user: str) -> None:
-    """Of any kind; what may be a secret is hidden."""
+    """Of any kind, an empty one included; what may be a secret is hidden."""
     with pytest.raises(settings.SettingsError) as error:
         settings.read(DECLARATIONS[PAIR.gateway], {"DOWNSTREAM_URL": f"http://{user}host:8001"})
     (line,) = error.value.problems

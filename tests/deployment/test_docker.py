@@ -234,7 +234,7 @@ async def test_a_server_is_process_1_and_stops_at_once(start: Run, name: str) ->
 async def test_a_stop_counts_from_the_first_moment(start: Run, tmp_path: Path) -> None:
     """A server that is still loading ends within `docker stop`'s time, too."""
     slow = tmp_path / "settings.py"
-    slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    slow.write_text("import signal\nprint('loading', flush=True)\nsignal.pause()\n")
     slow.chmod(0o644)
     container = start("--volume", f"{slow}:/app/chassis/settings.py:ro", command=["gateway"])
     await eventually(lambda: docker("logs", container).stdout == "loading\n")
