@@ -130,9 +130,8 @@ class Server(web.Server):
         if message.upgrade:
             came_alone = connection.came_alone
             connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
-            if not (
-                came_alone or connection.upgraded
-            ):  # it loses what has come behind an upgrade that it does not know
+            if not (came_alone or connection.upgraded):
+                # aiohttp has lost what came behind it, so that the client has to send that again.
                 message = message._replace(should_close=True)
         if message.chunked and message.version < HttpVersion11:  # RFC 9112, 6.1
             message = message._replace(should_close=True)

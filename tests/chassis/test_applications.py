@@ -277,9 +277,10 @@ async def test_what_waits_is_told_of_the_end(extended: web.Application) -> None:
         return socket
 
     async def tell(_app: web.Application) -> None:
-        told.append(None)
         for socket in sockets:
             await socket.close(code=WSCloseCode.GOING_AWAY)
+        await asyncio.sleep(0.1)  # what else it has to do, when no request is in flight any more
+        told.append(None)
 
     extended.add_routes([web.get("/socket", listens)])
     extended.on_shutdown.append(tell)
