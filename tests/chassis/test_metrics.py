@@ -15,7 +15,9 @@ from kit.faults import StartObserved
 from kit.metrics import scrape
 from kit.postgres import Database
 from kit.processes import Server
+from prometheus_client import REGISTRY
 
+from chassis.metrics import Histogram
 from chassis.server import VERSION
 
 
@@ -159,6 +161,14 @@ async def test_failures_behind_a_server_are_counted_by_kind(observed: StartObser
     assert samples["db_client_connect_failures_total"] == calls
     assert total(samples, "dependency_errors_total error_type=unavailable") == calls
     assert samples["coalescing_run_callers_count outcome=failed reason=asked"] == calls
+
+
+def test_a_histogram_without_labels_is_there_from_the_start() -> None:
+    """With zeros, so that a query or an alert that asks for it finds it."""
+    histogram = Histogram("early_seconds", "For this test", bounds=(1.0,))
+    REGISTRY.unregister(histogram)
+    ((family),) = histogram.collect()
+    assert [sample.value for sample in family.samples] == [0, 0, 0, 0]
 
 
 async def test_each_metric_has_help_and_a_unit(system: System) -> None:
