@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
@@ -70,13 +71,14 @@ class Connections:
 
 
 class Connection(web.RequestHandler):
-    """One of them. It answers with a problem what the parser refuses, by means of `refuse`."""
+    """One of them. `refuse` answers what the parser refuses; `account` gets each response and its time in seconds."""
 
     def __init__(
         self,
         manager: web.Server,
         connections: Connections,
         refuse: Callable[[web.BaseRequest, Problem], web.StreamResponse],
+        account: Callable[[web.BaseRequest, web.StreamResponse, float], None],
     ) -> None:
         super().__init__(
             manager,
@@ -91,7 +93,9 @@ class Connection(web.RequestHandler):
         )
         self._connections = connections
         self._refuse = refuse
+        self._account = account
         self.in_flight = False  # from the moment when aiohttp takes a request from its queue until the response is sent
+        self.started = 0.0  # that moment, by `time.perf_counter`
         self.head_bytes = 0  # received of an unfinished head
         self.came_alone = True  # the last request: in one piece, with nothing else in it
         self.body: StreamReader = EMPTY_PAYLOAD  # of the last request that aiohttp has taken from its queue
@@ -198,9 +202,10 @@ class Connection(web.RequestHandler):
         if self._stuck:
             self._stuck.cancel()
 
-    def log_access(self, *_: object) -> None:
+    def log_access(self, request: web.BaseRequest, response: web.StreamResponse, _: float | None) -> None:
         """Called when a response has been sent, or its client has left."""
         self.in_flight = False
+        self._account(request, response, time.perf_counter() - self.started)
         if self._parser is None and self.transport and not self.transport.is_closing():
             self._linger(self.transport)
         try:

@@ -46,6 +46,7 @@ DRAINING = web.AppKey("draining", asyncio.Event)
 # What an application asks its dependencies before it calls itself ready; raises `Problem` if it is not.
 CHECK: web.AppKey[Callable[[web.Request], Awaitable[object]]] = web.AppKey("check")
 
+_PROBLEM = web.ResponseKey("problem", Problem)
 _READY = Representation("application/json", b'{"status": "ready"}')
 _ALIVE = Representation("application/json", b'{"status": "alive"}')
 
@@ -126,7 +127,7 @@ class Server(web.Server):
         self, message: Any, body: StreamReader, connection: Any, writer: Any, task: Any
     ) -> web.BaseRequest:
         """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
-        connection.in_flight, connection.body = True, body
+        connection.in_flight, connection.started, connection.body = True, time.perf_counter(), body
         if message.upgrade:
             came_alone = connection.came_alone
             connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
@@ -144,32 +145,30 @@ class Server(web.Server):
             return self._make(message, body, connection, writer, task)
 
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request, and account for it. Raises a `web.HTTPException` that is no error, such as a redirect."""
-        started = time.perf_counter()
+        """Answer a request. Raises a `web.HTTPException` that is no error, such as a redirect."""
         if refusal := _refusal(request):
             return self.refuse(request, refusal)
         sent_id = request.headers.get(_X_REQUEST_ID)
         request[REQUEST_ID] = sent_id if sent_id and _VALID_REQUEST_ID(sent_id) else next(self._ids)
-        problem = None
         try:
             response = await self._handle(request)
+            if not isinstance(response, web.StreamResponse):
+                raise TypeError(f"the handler returned {type(response).__name__}, which is no response")
+            return response
         except Exception as error:
             if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
-                return web.Response()  # the client has left: aiohttp notices when it sends, and says nothing
+                raise asyncio.CancelledError from error  # the client has left, which aiohttp says in this way
             if request.writer.output_size:  # a response has begun, and nothing else may follow it on its connection
-                self._account(request, HTTPStatus.INTERNAL_SERVER_ERROR, mistake(error), started)
                 request.protocol.force_close()
-                return web.Response()
+                response = web.Response(status=HTTPStatus.INTERNAL_SERVER_ERROR)
+                response[_PROBLEM] = mistake(error)
+                return response
             if isinstance(error, web.HTTPException) and error.status < HTTPStatus.BAD_REQUEST:
-                self._account(request, error.status, None, started)
                 raise
             if isinstance(error, web.HTTPMethodNotAllowed) and request.method == hdrs.METH_OPTIONS:
-                response = web.Response(status=HTTPStatus.NO_CONTENT, headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]})
-            else:
-                problem = problem_of(error) if isinstance(error, web.HTTPException) else mistake(error)
-                response = self._problem_response(request, problem)
-        self._account(request, response.status, problem, started)
-        return response
+                return web.Response(status=HTTPStatus.NO_CONTENT, headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]})
+            problem = problem_of(error) if isinstance(error, web.HTTPException) else mistake(error)
+            return self._problem_response(request, problem)
 
     async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
         """Called before a response is sent (signal `on_response_prepare`), whether or not its handler sends it."""
@@ -182,22 +181,23 @@ class Server(web.Server):
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
         """The response if the application was not asked, or its own response could not be sent."""
         request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
-        self._account(request, problem.status, problem, time.perf_counter())
         response = self._problem_response(request, problem)
         response.force_close()
         return response
 
     def _problem_response(self, request: web.BaseRequest, problem: Problem) -> RepresentationResponse:
         response = RepresentationResponse(request, problem.representation(request[REQUEST_ID]))
+        response[_PROBLEM] = problem
         for name, value in problem.headers.items():  # such as Allow, and fields that middlewares have added
             if name not in (hdrs.CONTENT_TYPE, hdrs.CONTENT_LENGTH):
                 response.headers.add(name, value)
         response.cookies.update(problem.cookies)
         return response
 
-    def _account(self, request: web.BaseRequest, status: int, problem: Problem | None, started: float) -> None:
+    def _account(self, request: web.BaseRequest, response: web.StreamResponse, seconds: float) -> None:
         """Count a request. Log our own failures (5xx) always, others according to ACCESS_LOG."""
-        seconds = time.perf_counter() - started
+        status = response.status
+        problem = response.get(_PROBLEM) if status >= HTTPStatus.BAD_REQUEST else None
         match_info = request._match_info  # type: ignore[attr-defined]  # aiohttp's own: None if no application was asked
         resource = None if match_info is None else match_info.route.resource
         route = resource.canonical if resource else None
@@ -231,7 +231,7 @@ class Server(web.Server):
     # ---- connections -------------------------------------------------------------------------------------------
 
     def __call__(self) -> web.RequestHandler:
-        return Connection(self, self._open, self.refuse)
+        return Connection(self, self._open, self.refuse, self._account)
 
     async def finish(self, hurry: asyncio.Event, timeout: float) -> None:
         """Close idle connections, and wait for the responses on the others, for at most `timeout` seconds.

@@ -181,6 +181,19 @@ async def test_exceptions_of_others_are_problems(
     assert "the inside" in caplog.text
 
 
+async def test_a_handler_that_returns_nothing_is_a_mistake(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Its client gets a problem, and the log says what is missing."""
+
+    async def forgets(_request: web.Request) -> web.StreamResponse:
+        return None  # type: ignore[return-value]
+
+    app = web.Application()
+    app.add_routes([web.get("/none", forgets)])
+    failed = await get(await serve(app) + "/none")
+    assert (failed.status, failed.json()["detail"]) == (500, "This server made a mistake.")
+    assert "the handler returned NoneType" in caplog.text
+
+
 class OwnStatus(web.HTTPException):
     """A status that no registry knows."""
 
@@ -225,6 +238,19 @@ async def test_a_response_is_in_flight_until_it_has_been_sent(extended: web.Appl
             finish = asyncio.create_task(served.finish(asyncio.Event(), 10))
             assert len(await client.reader.readexactly(size)) == size
             await finish
+
+
+async def test_what_was_sent_is_what_counts(serve: Serve, extended: web.Application, tmp_path: Path) -> None:
+    """A file that aiohttp does not find when it sends it counts as the 404 that the client got."""
+
+    async def send_file(_request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(tmp_path / "missing")
+
+    extended.add_routes([web.get("/file", send_file)])
+    url = await serve(extended)
+    assert (await get(url + "/file")).status == 404
+    metrics = (await get(url + "/metrics")).body.decode()
+    assert 'http_request_method="GET",http_response_status_code="404",http_route="/file"' in metrics
 
 
 async def test_a_header_field_cannot_become_two(serve: Serve, extended: web.Application) -> None:
