@@ -469,7 +469,7 @@ class Coalescer:
         run.outcome = "failed"
         now = asyncio.get_running_loop().time()
         reach = key.reach()
-        # As many as are in flight may fail at once, before those that are answered have paid for them.
+        # Half of those in flight may fail at once, before the others have paid for their repeats.
         can_pay = self._max_repeats and kind.repeats_left + len(kind.runs) >= 1
         end = key.note_trouble(now) - FIRST_REPEAT
         at = min(now + FIRST_REPEAT + (now - kind.trouble_since), end)  # the time doubles while nothing is answered

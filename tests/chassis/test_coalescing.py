@@ -1030,6 +1030,22 @@ def test_runs_for_those_who_come_meanwhile_are_no_repeats(trouble: World) -> Non
     assert {type(outcome(caller)) for caller in callers} == {Run}
 
 
+def test_half_of_the_runs_in_flight_may_fail_at_once(loop: ManualLoop) -> None:
+    """As when one of two replicas dies: each is repeated, before answers of the other replica have paid for that."""
+    world = World(loop, limit=100)
+    callers = [world.arrive(key) for key in range(world.share)]
+    world.settle()
+    for run in world.unfinished()[::2]:
+        world.fail(run)
+    world.settle()
+    world.sleep(REPEATS[0])
+    for run in world.unfinished():
+        world.answer(run)
+    world.settle()
+    assert {type(outcome(caller)) for caller in callers} == {Run}
+    world.finish()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_failure_is_not_told_while_another_run_can_answer(loop: ManualLoop, first: int) -> None:
     """Callers get neither the first run's error nor its company's, but that of the last run to fail."""
