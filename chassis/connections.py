@@ -55,7 +55,7 @@ class Connections:
         self.open[connection] = None
         if len(self.open) > self._limit:
             self._lines.write("full", logging.WARNING, "too many connections: closing idle ones", limit=self._limit)
-            next(each for each in self.open if not each.in_flight).abort()
+            next(each for each in self.open if not each.in_flight_since).abort()
 
     def closed(self, connection: "Connection") -> None:
         self.open.pop(connection, None)
@@ -94,8 +94,8 @@ class Connection(web.RequestHandler):
         self._connections = connections
         self._refuse = refuse
         self._account = account
-        self.in_flight = False  # from the moment when aiohttp takes a request from its queue until the response is sent
-        self.started = 0.0  # that moment, by `time.perf_counter`
+        # When aiohttp has taken a request from its queue, by `time.perf_counter`; 0 when the response has been sent.
+        self.in_flight_since = 0.0
         self.head_bytes = 0  # received of an unfinished head
         self.came_alone = True  # the last request: in one piece, with nothing else in it
         self.body: StreamReader = EMPTY_PAYLOAD  # of the last request that aiohttp has taken from its queue
@@ -186,7 +186,7 @@ class Connection(web.RequestHandler):
 
     def _give_up(self) -> None:
         """The rest of a head has not come in time."""
-        if self.in_flight:
+        if self.in_flight_since:
             self.close()  # after the response
         else:
             self.force_close()
@@ -204,8 +204,8 @@ class Connection(web.RequestHandler):
 
     def log_access(self, request: web.BaseRequest, response: web.StreamResponse, _: float | None) -> None:
         """Called when a response has been sent, or its client has left."""
-        self.in_flight = False
-        self._account(request, response, time.perf_counter() - self.started)
+        self._account(request, response, time.perf_counter() - self.in_flight_since)
+        self.in_flight_since = 0.0
         if self._parser is None and self.transport and not self.transport.is_closing():
             self._linger(self.transport)
         try:

@@ -106,7 +106,7 @@ class Server(web.Server):
         self._open = Connections(max_connections)
         self._failures = logs.RepeatLog()
         self._ids = map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
-        metrics.ACTIVE_REQUESTS.set_function(lambda: sum(each.in_flight for each in self._open.open))
+        metrics.ACTIVE_REQUESTS.set_function(lambda: sum(each.in_flight_since > 0 for each in self._open.open))
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
@@ -127,7 +127,7 @@ class Server(web.Server):
         self, message: Any, body: StreamReader, connection: Any, writer: Any, task: Any
     ) -> web.BaseRequest:
         """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
-        connection.in_flight, connection.started, connection.body = True, time.perf_counter(), body
+        connection.in_flight_since, connection.body = time.perf_counter(), body
         if message.upgrade:
             came_alone = connection.came_alone
             connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
@@ -249,7 +249,8 @@ class Server(web.Server):
     def _busy(self) -> bool:
         """Whether a request is in flight, or a response has not yet reached the kernel."""
         return any(
-            each.in_flight or (each.transport and each.transport.get_write_buffer_size()) for each in self._open.open
+            each.in_flight_since or (each.transport and each.transport.get_write_buffer_size())
+            for each in self._open.open
         )
 
 
