@@ -234,7 +234,10 @@ class Service:
                 answer = Answer(response, await self._body(response), (time.perf_counter() - started) * 1000)
             return self._result(answer, read)
         except (aiohttp.ClientError, OSError, Problem) as error:
-            problem = self._to_problem(error)
+            if isinstance(error, aiohttp.ClientResponseError):  # it sent something that is not HTTP
+                problem = bad_downstream(self._part, logs.describe(error))
+            else:
+                problem = error if isinstance(error, Problem) else problem_of_failure(self._part, error)
             problem.shared_with = request.get(REQUEST_ID)
             if problem is error:
                 raise
@@ -282,11 +285,6 @@ class Service:
         headers = {"Retry-After": "1"} if kind == UNAVAILABLE else _NONE
         cause = f"it said {detail}"
         return Problem(status, detail, kind=kind, headers=headers, part=part, cause=cause)
-
-    def _to_problem(self, error: Exception) -> Problem:
-        if isinstance(error, aiohttp.ClientResponseError):  # it sent something that is not HTTP
-            return bad_downstream(self._part, logs.describe(error))
-        return error if isinstance(error, Problem) else problem_of_failure(self._part, error)
 
 
 def _is_passed_on(value: str) -> bool:

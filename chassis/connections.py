@@ -10,7 +10,6 @@ import contextlib
 import logging
 import socket
 import struct
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
@@ -71,7 +70,7 @@ class Connections:
 
 
 class Connection(web.RequestHandler):
-    """One of them. `refuse` answers what the parser refuses; `account` gets each response and its time in seconds."""
+    """One of them. `refuse` answers what the parser refuses; `account` gets each response and how long it took."""
 
     def __init__(
         self,
@@ -96,6 +95,7 @@ class Connection(web.RequestHandler):
         self._account = account
         # When aiohttp has taken a request from its queue, by `time.perf_counter`; 0 when the response has been sent.
         self.in_flight_since = 0.0
+        self.answered_at = 0.0  # when the application answered it
         self.head_bytes = 0  # received of an unfinished head
         self.came_alone = True  # the last request: in one piece, with nothing else in it
         self.body: StreamReader = EMPTY_PAYLOAD  # of the last request that aiohttp has taken from its queue
@@ -204,14 +204,12 @@ class Connection(web.RequestHandler):
 
     def log_access(self, request: web.BaseRequest, response: web.StreamResponse, _: float | None) -> None:
         """Called when a response has been sent, or its client has left."""
-        self._account(request, response, time.perf_counter() - self.in_flight_since)
+        self._account(request, response, self.answered_at - self.in_flight_since)
         self.in_flight_since = 0.0
         if self._parser is None and self.transport and not self.transport.is_closing():
             self._linger(self.transport)
-        try:
+        if self in self._connections.open:  # else it is closed
             self._connections.open.move_to_end(self)
-        except KeyError:  # it is closed
-            return
 
     def _linger(self, transport: asyncio.Transport) -> None:
         """Close it when what still comes has been read: otherwise it is reset, and its client may lose the answer.

@@ -127,7 +127,8 @@ class Server(web.Server):
         self, message: Any, body: StreamReader, connection: Any, writer: Any, task: Any
     ) -> web.BaseRequest:
         """Make a request. aiohttp answers nothing if this raises, and leaves the connection open."""
-        connection.in_flight_since, connection.body = time.perf_counter(), body
+        connection.in_flight_since = connection.answered_at = time.perf_counter()
+        connection.body = body
         if message.upgrade:
             came_alone = connection.came_alone
             connection.data_received(b"")  # aiohttp sets itself to an upgrade after each pause, and there was none
@@ -169,6 +170,9 @@ class Server(web.Server):
                 return web.Response(status=HTTPStatus.NO_CONTENT, headers={hdrs.ALLOW: error.headers[hdrs.ALLOW]})
             problem = problem_of(error) if isinstance(error, web.HTTPException) else mistake(error)
             return self._problem_response(request, problem)
+        finally:
+            # Not when the client has taken the answer, which is up to the client.
+            request.protocol.answered_at = time.perf_counter()  # type: ignore[attr-defined]  # it is a `Connection`
 
     async def _complete(self, request: web.Request, response: web.StreamResponse) -> None:
         """Called before a response is sent (signal `on_response_prepare`), whether or not its handler sends it."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -241,16 +242,28 @@ async def test_a_response_is_in_flight_until_it_has_been_sent(extended: web.Appl
 
 
 async def test_what_was_sent_is_what_counts(serve: Serve, extended: web.Application, tmp_path: Path) -> None:
-    """A file that aiohttp does not find when it sends it counts as the 404 that the client got."""
+    """A file that aiohttp does not find when it sends it counts as the 404 that the client got; how slowly a client
+    reads one does not count.
+    """
+    size = 8 * 1024 * 1024
+    (tmp_path / "large").write_bytes(b"x" * size)
 
-    async def send_file(_request: web.Request) -> web.StreamResponse:
-        return web.FileResponse(tmp_path / "missing")
+    async def send_file(request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(tmp_path / request.match_info["name"])
 
-    extended.add_routes([web.get("/file", send_file)])
+    extended.add_routes([web.get("/{name}", send_file)])
     url = await serve(extended)
-    assert (await get(url + "/file")).status == 404
+    assert (await get(url + "/missing")).status == 404
+    async with connection(url, buffer=65536) as client:
+        await client.send("/large")
+        assert b"200 OK" in await client.reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(1)  # it reads nothing
+        await client.reader.readexactly(size)
     metrics = (await get(url + "/metrics")).body.decode()
-    assert 'http_request_method="GET",http_response_status_code="404",http_route="/file"' in metrics
+    labels = '{http_request_method="GET",http_response_status_code="%s",http_route="/{name}"}'
+    assert f"http_server_request_duration_seconds_count{labels % 404} 1.0" in metrics
+    (seconds,) = re.findall(re.escape(f"http_server_request_duration_seconds_sum{labels % 200} ") + "(.+)", metrics)
+    assert float(seconds) < 1
 
 
 async def test_a_header_field_cannot_become_two(serve: Serve, extended: web.Application) -> None:
