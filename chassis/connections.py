@@ -227,7 +227,7 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to a request that the parser refuses, or whose response cannot be sent."""
+        """The answer to a request that the parser refuses, or for which no response could be made."""
         self._parser = None  # which holds what it has read; the rest is not parsed
         # The parser's message may quote what the client sent, such as a password: all of it, or after a colon.
         cause = None if isinstance(exc, InvalidURLError) else (message or "").partition(":")[0][:100]
@@ -242,6 +242,6 @@ class Connection(web.RequestHandler):
             problem = Problem(too_large, f"There are more than {MAX_FIELDS} header fields.")
         elif status == HTTPStatus.BAD_REQUEST:
             problem = Problem(status, "This is not a well-formed HTTP request.", cause=cause)
-        else:  # such as too little memory for the response
+        else:  # such as too little memory for a response
             problem = mistake(exc or RuntimeError(message))
         return self._refuse(request, problem)

@@ -37,15 +37,15 @@ class Histogram(Collector):
 
     def __init__(self, name: str, meaning: str, labels: Sequence[str] = (), *, bounds: Sequence[float]) -> None:
         self._name, self._meaning, self._labels, self._bounds = name, meaning, labels, bounds
-        self._new = [0.0] * (len(bounds) + 2)  # of each series: the observations by bucket, and their sum
+        self._zeros = [0.0] * (len(bounds) + 2)  # a new series: its observations by bucket, and their sum
         # By labels. Without any, there is one from the start, so that queries find it.
-        self._series: dict[tuple[object, ...], list[float]] = {} if labels else {(): self._new.copy()}
+        self._series: dict[tuple[object, ...], list[float]] = {} if labels else {(): self._zeros.copy()}
         REGISTRY.register(self)
 
     def observe(self, value: float, *labels: object) -> None:
         series = self._series.get(labels)
         if series is None:
-            series = self._series[labels] = self._new.copy()
+            series = self._series[labels] = self._zeros.copy()
         series[bisect_left(self._bounds, value)] += 1
         series[-1] += value
 

@@ -183,7 +183,7 @@ class Server(web.Server):
             end_connection(response)
 
     def refuse(self, request: web.BaseRequest, problem: Problem) -> web.StreamResponse:
-        """The response if the application was not asked, or its own response could not be sent."""
+        """The response if the application was not asked, or none could be made of what it did."""
         request[REQUEST_ID] = request.get(REQUEST_ID) or next(self._ids)
         response = self._problem_response(request, problem)
         response.force_close()

@@ -302,6 +302,24 @@ async def test_a_response_that_breaks_off_ends_its_connection(
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["request failed"]
 
 
+async def test_a_client_that_leaves_is_no_mistake(
+    serve: Serve, extended: web.Application, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler finds out as it sends: the request is neither counted nor logged, as if it had been cancelled."""
+
+    async def loses(request: web.Request) -> web.StreamResponse:
+        assert request.transport
+        request.transport.abort()
+        return await streams(request)
+
+    extended.add_routes([web.get("/loses", loses)])
+    url = await serve(extended)
+    assert await exchange(url, b"GET /loses HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+    metrics = (await get(url + "/metrics")).body.decode()
+    assert 'http_route="/loses"' not in metrics
+    assert not caplog.records
+
+
 async def test_what_waits_is_told_of_the_end(extended: web.Application) -> None:
     """`on_shutdown` comes before the waiting: WebSockets that it closes end properly, and do not hold up the end."""
     sockets: list[web.WebSocketResponse] = []
